@@ -1,0 +1,30 @@
+"""Errors that a person is meant to read: one sentence with the fact and the remedy, exit code 2."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one sentence: what is wrong, and what to do."""
+
+
+def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
+    """A clause such as "; did you mean 'cross_attn'?" for a mistyped name, or the full choice."""
+    candidates = list(candidates)
+    close = difflib.get_close_matches(name, candidates, n=n, cutoff=0.5)
+    if close:
+        return "; did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
+    return "; choose from " + ", ".join(sorted(candidates)[:12]) + "."
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)

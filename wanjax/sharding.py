@@ -1,0 +1,73 @@
+"""Where arrays live: logical axis names to mesh axes, through one table.
+
+A parameter names its axes once (`nnx.Param(..., axes=("embed", "mlp"))`), activations name theirs
+at the few places where they are constrained, and `RULES` says which mesh axes carry each name.
+Stacked layers need nothing: names align with the *trailing* dimensions.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from wanjax.errors import UserError
+
+SEQUENCE = ("ring", "ulysses")
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data",),
+    "tokens": SEQUENCE,
+    "embed": ("data", *SEQUENCE),
+    "mlp": (),
+    "rank": (),
+}
+
+
+def make_mesh(
+    data: int = 1, ring: int = 1, ulysses: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh `data x ring x ulysses`; the last two split the sequence. Refuses what does not fit."""
+    devices = jax.devices() if devices is None else list(devices)
+    wanted = data * ring * ulysses
+    if wanted < 1 or len(devices) % wanted or wanted > len(devices):
+        raise UserError(
+            f"A mesh data={data} ring={ring} ulysses={ulysses} needs {wanted} devices and there are "
+            f"{len(devices)}; choose sizes whose product divides {len(devices)}."
+        )
+    grid = np.asarray(devices[:wanted]).reshape(data, ring, ulysses)
+    return Mesh(grid, ("data", *SEQUENCE), axis_types=(AxisType.Auto,) * 3)
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Mesh axes for `shape`, whose trailing dimensions carry the names in `axes`.
+
+    A dimension that its mesh axes do not divide stays whole: a weight of odd width is replicated
+    rather than refused, since that changes memory and never the result.
+    """
+    names = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    entries = []
+    for name, size in zip(names, shape, strict=True):
+        where = RULES[name] if name else ()
+        divides = where and size % math.prod(mesh.shape[a] for a in where) == 0
+        entries.append(where if divides else None)
+    return PartitionSpec(*entries)
+
+
+def shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """A `NamedSharding` for every variable of `state`, from the axes that it names."""
+
+    def place(variable: nnx.Variable) -> nnx.Variable:
+        axes = variable.get_metadata().get("axes") or ()
+        return variable.replace(NamedSharding(mesh, spec(axes, variable.shape, mesh)))
+
+    return jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrain an activation inside a compiled program; nothing happens outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))

@@ -28,13 +28,13 @@ RULES: dict[str, tuple[str, ...]] = {
 def make_mesh(
     data: int = 1, ring: int = 1, ulysses: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh `data x ring x ulysses`; the last two split the sequence. Refuses what does not fit."""
+    """A mesh `data x ring x ulysses`, the last two for the sequence; refuses what does not fit."""
     devices = jax.devices() if devices is None else list(devices)
     wanted = data * ring * ulysses
     if wanted < 1 or len(devices) % wanted or wanted > len(devices):
         raise UserError(
-            f"A mesh data={data} ring={ring} ulysses={ulysses} needs {wanted} devices and there are "
-            f"{len(devices)}; choose sizes whose product divides {len(devices)}."
+            f"A mesh data={data} ring={ring} ulysses={ulysses} needs {wanted} devices and "
+            f"there are {len(devices)}; choose sizes whose product divides {len(devices)}."
         )
     grid = np.asarray(devices[:wanted]).reshape(data, ring, ulysses)
     return Mesh(grid, ("data", *SEQUENCE), axis_types=(AxisType.Auto,) * 3)

@@ -6,7 +6,7 @@ Shapes, everywhere in this project (channels are always last):
 |---|---|---|---|
 | `B` | batch | `N` | video tokens, `t * (h/2) * (w/2)` |
 | `T H W` | frames, height, width in pixels | `L` | text tokens (512) |
-| `t h w` | the same on the latent grid: `t = (T-1)/4 + 1`, `h = H/8`, `w = W/8` | `S` | image tokens (257; 514 for two frames) |
+| `t h w` | on the latent grid: `t = (T-1)/4 + 1`, `h = H/8`, `w = W/8` | `S` | image tokens (257) |
 | `C` | channels | `D` | model width; `F` feed-forward width |
 | `K` | attention heads | `E` | head size |
 | `R` | LoRA rank | | |

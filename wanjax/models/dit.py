@@ -1,0 +1,288 @@
+"""Wan2.1's diffusion transformer: noisy latents, a timestep and conditions in, a velocity out.
+
+Every block is `x += gate * self_attention(modulate(norm(x)))`, `x += cross_attention(norm(x))`,
+`x += gate * ffn(modulate(norm(x)))`; shift, scale and gate come from the timestep and from a table
+of the block's own. Image and text tokens are two arrays with keys and values of their own, and the
+same normalised query looks at both. Source: Wan-Video/Wan2.1, `wan/modules/model.py`.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from wanjax.attention import attention
+from wanjax.errors import UserError
+from wanjax.nn import LayerNorm, Linear, RMSNorm, gelu_exact, gelu_tanh, stack, xavier_uniform
+from wanjax.rope import rotary_table, rotate
+from wanjax.sharding import constrain
+
+Rotary = tuple[Float[Array, "N E2"], Float[Array, "N E2"]]
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Architecture; the defaults are Wan2.1 I2V-14B. No `image_dim` makes it text-to-video.
+
+    `image_positions` is the length of the learned positions added to the image tokens, which only
+    the first-and-last-frame model has (514).
+    """
+
+    dim: int = 5120
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    num_heads: int = 40
+    in_channels: int = 36
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    image_dim: int | None = 1280
+    image_positions: int | None = None
+    eps: float = 1e-6
+
+    @property
+    def head_size(self) -> int:
+        return self.dim // self.num_heads
+
+
+class Mlp(nnx.Module):
+    """`down(gelu(up(x)))`, the tanh approximation of GELU."""
+
+    def __init__(self, d_in: int, width: int, d_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.up = Linear(d_in, width, dtype=dtype, rngs=rngs)
+        self.down = Linear(width, d_out, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C2"]:
+        return self.down(gelu_tanh(self.up(x)))
+
+
+class SelfAttention(nnx.Module):
+    """Every video token attends to every other, with rotary positions."""
+
+    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        d = config.dim
+        self.head_size = config.head_size
+        self.q, self.k, self.v = (Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(3))
+        self.o = Linear(d, d, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.norm_q, self.norm_k = RMSNorm(d, eps=config.eps), RMSNorm(d, eps=config.eps)
+
+    def __call__(self, x: Float[Array, "B N D"], rotary: Rotary) -> Float[Array, "B N D"]:
+        q = rotate(split_heads(self.norm_q(self.q(x)), self.head_size), rotary)
+        k = rotate(split_heads(self.norm_k(self.k(x)), self.head_size), rotary)
+        v = split_heads(self.v(x), self.head_size)
+        return self.o(join_heads(attention(q, k, v)))
+
+
+class CrossAttention(nnx.Module):
+    """Video tokens attend to the text and, with keys and values of their own, to the image."""
+
+    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        d = config.dim
+        self.head_size = config.head_size
+        self.q, self.k, self.v = (Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(3))
+        self.o = Linear(d, d, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.norm_q, self.norm_k = RMSNorm(d, eps=config.eps), RMSNorm(d, eps=config.eps)
+        if config.image_dim is not None:
+            self.k_img, self.v_img = (Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(2))
+            self.norm_k_img = RMSNorm(d, eps=config.eps)
+
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        text: Float[Array, "B L D"],
+        image: Float[Array, "B S D"] | None,
+    ) -> Float[Array, "B N D"]:
+        q = split_heads(self.norm_q(self.q(x)), self.head_size)
+        out = self._attend(q, self.norm_k(self.k(text)), self.v(text))
+        if image is not None:
+            out = out + self._attend(q, self.norm_k_img(self.k_img(image)), self.v_img(image))
+        return self.o(join_heads(out))
+
+    def _attend(self, q, k, v):
+        return attention(q, split_heads(k, self.head_size), split_heads(v, self.head_size))
+
+
+class Block(nnx.Module):
+    """One transformer block; `modulation` is added to the timestep's six vectors."""
+
+    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        d, eps = config.dim, config.eps
+        table = jax.random.normal(rngs.params(), (6, d), jnp.float32) / np.sqrt(d)
+        self.modulation = nnx.Param(table, axes=(None, "embed"))
+        self.norm_self = LayerNorm(d, eps=eps, affine=False)
+        self.self_attn = SelfAttention(config, dtype=dtype, rngs=rngs)
+        self.norm_cross = LayerNorm(d, eps=eps)
+        self.cross_attn = CrossAttention(config, dtype=dtype, rngs=rngs)
+        self.norm_ffn = LayerNorm(d, eps=eps, affine=False)
+        self.ffn = Mlp(d, config.ffn_dim, d, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        time: Float[Array, "B 6 D"],
+        text: Float[Array, "B L D"],
+        image: Float[Array, "B S D"] | None,
+        rotary: Rotary,
+    ) -> Float[Array, "B N D"]:
+        vectors = jnp.split(self.modulation[...] + time, 6, axis=1)
+        shift_self, scale_self, gate_self, shift_ffn, scale_ffn, gate_ffn = vectors
+        y = self.self_attn(modulate(self.norm_self, x, shift_self, scale_self), rotary)
+        x = add_gated(x, y, gate_self)
+        x = x + self.cross_attn(self.norm_cross(x), text, image)
+        y = self.ffn(modulate(self.norm_ffn, x, shift_ffn, scale_ffn))
+        return constrain(add_gated(x, y, gate_ffn), "batch", "tokens", None)
+
+
+class ImageEmbed(nnx.Module):
+    """CLIP tokens to the model's width: `norm_out(down(gelu(up(norm_in(x + positions)))))`."""
+
+    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c = config.image_dim
+        if config.image_positions is not None:
+            self.positions = nnx.Param(jnp.zeros((config.image_positions, c), jnp.float32))
+        self.has_positions = config.image_positions is not None
+        self.norm_in = LayerNorm(c, eps=1e-5)
+        self.up = Linear(c, c, dtype=dtype, rngs=rngs)
+        self.down = Linear(c, config.dim, dtype=dtype, rngs=rngs)
+        self.norm_out = LayerNorm(config.dim, eps=1e-5)
+
+    def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S D"]:
+        if self.has_positions:
+            x = x + self.positions[...].astype(x.dtype)
+        return self.norm_out(self.down(gelu_exact(self.up(self.norm_in(x)))))
+
+
+class Head(nnx.Module):
+    """Tokens back to patches of velocity; modulated by the embedding before its projection."""
+
+    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        d = config.dim
+        table = jax.random.normal(rngs.params(), (2, d), jnp.float32) / np.sqrt(d)
+        self.modulation = nnx.Param(table, axes=(None, "embed"))
+        self.norm = LayerNorm(d, eps=config.eps, affine=False)
+        patch = int(np.prod(config.patch_size))
+        self.proj = Linear(d, patch * config.out_channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B N D"], time: Float[Array, "B D"]) -> jax.Array:
+        shift, scale = jnp.split(self.modulation[...] + time[:, None], 2, axis=1)
+        return self.proj(modulate(self.norm, x, shift, scale)).astype(jnp.float32)
+
+
+class PatchEmbed(nnx.Module):
+    """A convolution whose stride is its size, written as one matrix product."""
+
+    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.size = config.patch_size
+        shape = (*config.patch_size, config.in_channels, config.dim)
+        kernel = xavier_uniform(rngs.params(), shape, dtype)
+        self.kernel = nnx.Param(kernel, axes=(None, None, None, None, "embed"))
+        self.bias = nnx.Param(jnp.zeros(config.dim, dtype), axes=("embed",))
+
+    def __call__(self, x: Float[Array, "B t h w C"]) -> Float[Array, "B N D"]:
+        a, b, c = self.size
+        kernel = self.kernel[...]
+        x = rearrange(x, "B (t a) (h b) (w c) C -> B (t h w) (a b c C)", a=a, b=b, c=c)
+        y = x.astype(kernel.dtype) @ kernel.reshape(-1, kernel.shape[-1])
+        return y + self.bias[...]
+
+
+class DiT(nnx.Module):
+    """The denoiser. Matrices are in `dtype`; the timestep's path and all norms stay fp32."""
+
+    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
+        self.config = config
+        d = config.dim
+        self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
+        self.text_embed = Mlp(config.text_dim, d, d, dtype=dtype, rngs=rngs)
+        self.time_embed = TimeEmbed(config, rngs=rngs)
+        self.time_projection = Linear(d, 6 * d, dtype=jnp.float32, rngs=rngs)
+        if config.image_dim is not None:
+            self.image_embed = ImageEmbed(config, dtype=dtype, rngs=rngs)
+        self.blocks = stack(
+            config.num_layers, lambda rngs: Block(config, dtype=dtype, rngs=rngs), rngs
+        )
+        self.head = Head(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        latents: Float[Array, "B t h w 16"],
+        timestep: Float[Array, " B"],
+        text: Float[Array, "B L C"],
+        image: Float[Array, "B S C2"] | None = None,
+        condition: Float[Array, "B t h w C3"] | None = None,
+    ) -> Float[Array, "B t h w 16"]:
+        """The velocity `noise - data`, fp32. `timestep` is on the scale 0...1000 and stays fp32."""
+        self._check(latents, image, condition)
+        x = latents if condition is None else jnp.concatenate([latents, condition], axis=-1)
+        grid = tuple(s // p for s, p in zip(x.shape[1:4], self.config.patch_size))
+        x = constrain(self.patch_embed(x), "batch", "tokens", None)
+
+        time = self.time_embed(timestep)
+        time_blocks = rearrange(self.time_projection(jax.nn.silu(time)), "B (n D) -> B n D", n=6)
+        text = self.text_embed(text)
+        image = None if image is None else self.image_embed(image.astype(text.dtype))
+        rotary = rotary_table(grid, self.config.head_size)
+
+        @jax.checkpoint
+        def step(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
+            return block(x, time_blocks, text, image, rotary), None
+
+        x, _ = jax.lax.scan(step, x, self.blocks)
+        x = constrain(self.head(x, time), "batch", "tokens", None)
+        (t, h, w), (a, b, c) = grid, self.config.patch_size
+        return rearrange(
+            x, "B (t h w) (a b c C) -> B (t a) (h b) (w c) C", t=t, h=h, w=w, a=a, b=b, c=c
+        )
+
+    def _check(self, latents, image, condition):
+        channels = latents.shape[-1] + (0 if condition is None else condition.shape[-1])
+        if channels != self.config.in_channels:
+            raise UserError(
+                f"The model takes {self.config.in_channels} latent channels and got {channels}; "
+                "image-to-video models need `condition` (mask and first frame), others none."
+            )
+        if (image is None) != (self.config.image_dim is None):
+            raise UserError(
+                "An image-to-video model needs the CLIP tokens of its picture as `image`, "
+                "and a text-to-video model takes none."
+            )
+
+
+class TimeEmbed(nnx.Module):
+    """Sinusoids of the timestep through a small network; fp32, or 937 would become 936."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.freq_dim = config.freq_dim
+        self.up = Linear(config.freq_dim, config.dim, dtype=jnp.float32, rngs=rngs)
+        self.down = Linear(config.dim, config.dim, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, timestep: Float[Array, " B"]) -> Float[Array, "B D"]:
+        half = self.freq_dim // 2
+        frequencies = jnp.asarray(10000.0 ** (-np.arange(half) / half), jnp.float32)
+        angles = timestep.astype(jnp.float32)[:, None] * frequencies
+        waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        return self.down(jax.nn.silu(self.up(waves)))
+
+
+def split_heads(x: Float[Array, "B N D"], head_size: int) -> Float[Array, "B N K E"]:
+    return rearrange(x, "B N (K E) -> B N K E", E=head_size)
+
+
+def join_heads(x: Float[Array, "B N K E"]) -> Float[Array, "B N D"]:
+    return rearrange(x, "B N K E -> B N (K E)")
+
+
+def modulate(norm: LayerNorm, x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """`norm(x) * (1 + scale) + shift` in fp32, returned in the type of x."""
+    return (norm(x.astype(jnp.float32)) * (1 + scale) + shift).astype(x.dtype)
+
+
+def add_gated(x: jax.Array, y: jax.Array, gate: jax.Array) -> jax.Array:
+    """`x + gate * y` in fp32, returned in the type of x."""
+    return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)

@@ -14,6 +14,7 @@ Shapes, everywhere in this project (channels are always last):
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import no_type_check
 
 import jax
 import numpy as np
@@ -22,6 +23,9 @@ from jaxtyping import Array, Float, Int, UInt8
 PathLike = str | Path
 
 
+# Not checked at run time: as pytrees these two are also rebuilt with NumPy arrays (by the loader),
+# shapes, shardings or gradients as leaves.
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Condition:
@@ -37,6 +41,7 @@ class Condition:
     latents: Float[Array, "B t h w C3"] | None = None
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:

@@ -1,0 +1,105 @@
+"""Nothing half written: an output is made beside its place under another name, then renamed.
+
+What a killed run leaves behind carries its machine's name and process number, so that the next run
+to the same place can tell it from the work of a living one, and remove it.
+"""
+
+import errno
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wanjax.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def whole_file(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A path to write to; on leaving it becomes `path`, and after an error nothing remains.
+
+    Raises `UserError` where `path` exists (unless `replace`), the disk is full or closed to us.
+    """
+    with _beside(path, replace) as partial:
+        yield partial
+        os.replace(partial, path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill; on leaving it becomes `path`, and after an error nothing remains."""
+    with _beside(path, replace=False) as partial:
+        partial.mkdir()
+        yield partial
+        partial.rename(path)
+
+
+@contextmanager
+def _beside(path: Path, replace: bool) -> Iterator[Path]:
+    if (path.is_symlink() or path.exists()) and (not replace or path.is_dir()):
+        raise UserError(f"{path} exists already; remove it, or choose another name.")
+    partial = path.parent / f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path)
+        yield partial
+    except OSError as error:
+        raise _explained(error, path) from error
+    finally:
+        _remove(partial)
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Refuse, before any work, what the disk that holds `path` has no room for (in bytes)."""
+    place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    disk = shutil.disk_usage(place)
+    # Some network file systems report a size of zero: nothing can be told from that.
+    if disk.total and disk.free < needed:
+        raise UserError(
+            f"{path} needs {needed / 1e9:,.2f} GB and its disk has {disk.free / 1e9:,.2f} GB free; "
+            "make room, or choose a place on another disk."
+        )
+
+
+def _explained(error: OSError, path: Path) -> Exception:
+    if error.errno in _FULL:
+        reason = "the disk is full" if error.errno != errno.EFBIG else "the file grew too large"
+        return UserError(
+            f"{path} could not be written, {reason}, and nothing of it was kept; "
+            "make room, or choose a place on another disk."
+        )
+    if error.errno in (*_DENIED, errno.ENOTDIR, errno.EEXIST):
+        return UserError(
+            f"{path} could not be written ({error.strerror}); "
+            "choose a place where you may create files."
+        )
+    return error
+
+
+def _remove_stale(path: Path) -> None:
+    prefix = f"{path.name}.partial-{socket.gethostname()}-"
+    for other in path.parent.iterdir():
+        pid = other.name.removeprefix(prefix)
+        if other.name.startswith(prefix) and pid.isdigit() and not _alive(int(pid)):
+            _remove(other)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

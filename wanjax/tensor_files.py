@@ -1,0 +1,230 @@
+"""safetensors files, read without copying and written in pieces.
+
+A file is an 8-byte length, a JSON header `{name: {dtype, shape, data_offsets}}` and the tensors'
+bytes one after another (https://github.com/huggingface/safetensors#format). Reading maps the file
+into memory, so that arrays are views whose pages come when they are touched. Writing puts the
+header first and then any part of any tensor at its offset, so that a tensor larger than memory can
+be written layer by layer.
+"""
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from wanjax.errors import UserError
+
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(bool),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_HEADER_LIMIT = 100 << 20
+_PIECE = 64 << 20
+# Source rows copied at once when a matrix is transposed: a strip of them stays in the cache.
+_STRIP = 16
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """An open safetensors file: its arrays are read-only views of the mapped file."""
+
+    path: Path
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+
+
+def read_safetensors(path: Path) -> TensorFile:
+    """Open `path`, having checked every declared size against the file's own.
+
+    Raises `UserError`, naming the file, where it is missing, truncated or something else.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header, start = _read_header(file, path, size)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its name.") from error
+    metadata = header.pop("__metadata__", {})
+    tensors, end = {}, 0
+    for name, entry in header.items():
+        dtype, shape, first, last = _checked(entry, name, path)
+        end = max(end, last)
+        if start + last > size:
+            continue  # reported below, with the whole of what is missing
+        flat = np.frombuffer(data, np.uint8, last - first, start + first)
+        tensors[name] = flat.view(dtype).reshape(shape)
+    if start + end != size:
+        fault = "is truncated" if start + end > size else "has bytes that its header does not name"
+        raise UserError(
+            f"{path} {fault}: its header declares {start + end:,} bytes and it has {size:,}; "
+            "fetch or write it again."
+        )
+    return TensorFile(path, tensors, {str(k): str(v) for k, v in metadata.items()})
+
+
+def _read_header(file, path: Path, size: int) -> tuple[dict, int]:
+    first = file.read(8)
+    if first.startswith(b"version "):
+        raise UserError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull`.")
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > _HEADER_LIMIT:
+        raise UserError(
+            f"{path} is not a safetensors file ({size:,} bytes); check its name, or fetch it again."
+        )
+    if 8 + length > size:
+        raise UserError(f"{path} is truncated in its header ({size:,} bytes); fetch it again.")
+    try:
+        header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not a safetensors file (its header is not JSON); check its name, or fetch "
+            "it again."
+        ) from error
+    return header, 8 + length
+
+
+def _checked(entry: dict, name: str, path: Path) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """A header entry's type, shape and offsets, or a refusal of what does not add up."""
+    try:
+        kind, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+        first, last = (int(n) for n in entry["data_offsets"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} has a broken entry for the tensor '{name}'; fetch it again."
+        ) from error
+    if kind not in DTYPES:
+        raise UserError(
+            f"{path} stores the tensor '{name}' as {kind}, which is not read here; "
+            "use a file in bfloat16, float16 or float32."
+        )
+    dtype = DTYPES[kind]
+    if min(shape, default=0) < 0 or first < 0 or last - first != math.prod(shape) * dtype.itemsize:
+        raise UserError(
+            f"{path} declares {last - first:,} bytes for the tensor '{name}' of shape {shape} and "
+            f"type {kind}, which do not agree; fetch it again."
+        )
+    return dtype, shape, first, last
+
+
+class SafetensorsWriter:
+    """Writes `path`: the header at once, then parts of tensors in any order. Use with `with`.
+
+    `tensors` gives every tensor's type and shape, in the order in which they lie in the file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self.path = path
+        self._dtypes = {name: np.dtype(dtype) for name, (dtype, _) in tensors.items()}
+        header: dict[str, dict] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._spans: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, (dtype, shape) in tensors.items():
+            first, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+            self._spans[name] = (first, end)
+            header[name] = {
+                "dtype": _NAMES[np.dtype(dtype)],
+                "shape": list(shape),
+                "data_offsets": [first, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % 64)  # aligned data can be handed to devices as it lies
+        self._start, self._missing = 8 + len(text), end
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._write_at(len(text).to_bytes(8, "little") + text, 0)
+
+    def write(self, name: str, part: np.ndarray, at: int = 0) -> None:
+        """Write `part`, which begins `at` elements into the tensor, in its type."""
+        dtype = self._dtypes[name]
+        first, last = self._spans[name]
+        offset = first + at * dtype.itemsize
+        if offset + part.size * dtype.itemsize > last:
+            raise ValueError(f"part of {part.shape} at {at} runs over the end of '{name}'")
+        for piece in pieces(part, dtype):
+            self._write_at(piece.data, self._start + offset)
+            offset += piece.nbytes
+            self._missing -= piece.nbytes
+
+    def _write_at(self, data: bytes | memoryview, offset: int) -> None:
+        data = memoryview(data)
+        while data:
+            written = os.pwrite(self._fd, data, offset)
+            data, offset = data[written:], offset + written
+
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                if self._missing:
+                    raise ValueError(f"{self._missing} bytes of {self.path} were never written")
+                os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+
+
+def pieces(array: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The array in C order and in `dtype`, as flat byte arrays of moderate size."""
+    if not array.flags.c_contiguous:
+        array = contiguous(array, dtype)
+    flat = array.reshape(-1)
+    step = _PIECE // max(dtype.itemsize, flat.dtype.itemsize)
+    for i in range(0, flat.size, step):
+        yield flat[i : i + step].astype(dtype, copy=False).view(np.uint8)
+
+
+def contiguous(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A copy in C order; a transposed matrix is copied in strips, five times as fast as at once."""
+    if array.ndim != 2 or not array.T.flags.c_contiguous:
+        return array.astype(dtype, order="C")
+    out = np.empty(array.shape, dtype)
+    for i in range(0, array.shape[1], _STRIP):
+        out[:, i : i + _STRIP] = array[:, i : i + _STRIP].astype(dtype, order="K", copy=False)
+    return out
+
+
+def drop_pages(array: np.ndarray) -> None:
+    """Let go of the mapped pages under `array`, if it is a view of a mapped file."""
+    owner = array
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    mapping = owner.base
+    if isinstance(mapping, memoryview):
+        mapping = mapping.obj
+    if not isinstance(mapping, mmap.mmap):
+        return
+    origin = np.frombuffer(mapping, np.uint8, 1).__array_interface__["data"][0]
+    first, last = np.lib.array_utils.byte_bounds(array)
+    first = -(-(first - origin) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of ours only
+    last = (last - origin) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        mapping.madvise(mmap.MADV_DONTNEED, first, last - first)

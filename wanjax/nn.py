@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from wanjax.attention import matmul_precision
 
 
-def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Glorot's uniform law; the last axis is the output, all before it the fan-in."""
     limit = math.sqrt(6 / (math.prod(shape[:-1]) + shape[-1]))
     return jax.random.uniform(key, shape, jnp.float32, -limit, limit).astype(dtype)
@@ -31,7 +32,7 @@ class Linear(nnx.Module):
         *,
         axes: tuple[str | None, str | None] = ("embed", "mlp"),
         bias: bool = True,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.kernel = nnx.Param(xavier_uniform(rngs.params(), (d_in, d_out), dtype), axes=axes)
@@ -82,7 +83,7 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """A table of vectors, looked up by integer."""
 
-    def __init__(self, count: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, count: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         table = jax.random.normal(rngs.params(), (count, width), jnp.float32).astype(dtype)
         self.table = nnx.Param(table, axes=(None, "embed"))
 

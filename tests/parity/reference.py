@@ -29,13 +29,19 @@ def randomise(module: "torch.nn.Module", seed: int = 0) -> "torch.nn.Module":
 def load_state(model: nnx.Module, leaves: dict[str, np.ndarray]) -> nnx.Module:
     """Put named arrays into a model; every parameter must be given, with its shape."""
     state = nnx.state(model, nnx.Param)
-    flat = {".".join(map(str, path)): v for path, v in state.flat_state()}
+    flat = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
     assert flat.keys() == leaves.keys(), flat.keys() ^ leaves.keys()
     for name, variable in flat.items():
         assert variable.shape == leaves[name].shape, (name, variable.shape, leaves[name].shape)
         variable.set_value(np.asarray(leaves[name], variable.dtype))
     nnx.update(model, state)
     return model
+
+
+def leaves_of(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Every parameter of a model under its native name: the inverse of `load_state`."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): np.asarray(v[...]) for path, v in flat}
 
 
 def from_torch(model: nnx.Module, rows, layout: str, layers: int, module) -> nnx.Module:

@@ -40,8 +40,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _beside(path: Path, replace: bool) -> Iterator[Path]:
-    if (path.is_symlink() or path.exists()) and (not replace or path.is_dir()):
-        raise UserError(f"{path} exists already; remove it, or choose another name.")
+    if not replace or path.is_dir():
+        refuse_existing(path)
     partial = path.parent / f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +51,12 @@ def _beside(path: Path, replace: bool) -> Iterator[Path]:
         raise _explained(error, path) from error
     finally:
         _remove(partial)
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse to write over something, before any work."""
+    if path.is_symlink() or path.exists():
+        raise UserError(f"{path} exists already; remove it, or choose another name.")
 
 
 def require_space(path: Path, needed: int) -> None:

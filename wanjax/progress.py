@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 
@@ -20,24 +23,37 @@ class Bar:
     def __init__(self, progress: Progress, task: int):
         self._progress, self._task = progress, task
 
-    def advance(self, amount: float = 1, note: str | None = None) -> None:
+    def advance(self, amount: float | int = 1, note: str | None = None) -> None:
         self._progress.update(self._task, advance=amount)
         if note is not None:
             self._progress.update(self._task, note=note)
 
 
 @contextmanager
-def progress_bar(label: str, total: float, done: float = 0) -> Iterator[Bar]:
-    """A bar with elapsed and estimated remaining time; `done` is where a resumed job starts."""
+def progress_bar(
+    label: str,
+    total: float | int,
+    done: float | int = 0,
+    *,
+    unit: Literal["steps", "bytes"] = "steps",
+    hidden: bool = False,
+) -> Iterator[Bar]:
+    """A bar with elapsed and estimated remaining time; `done` is where a resumed job starts.
+
+    `unit="bytes"` shows sizes and a rate; a `hidden` bar shows nothing.
+    """
+    count = (
+        (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        *count,
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
         task = progress.add_task(label, total=total, completed=done, note="")
         yield Bar(progress, task)

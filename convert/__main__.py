@@ -1,0 +1,146 @@
+"""`python -m convert`: checkpoints and adapters in, out, and looked at."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from convert.export import FORMATS, export
+from convert.inspect import inspect
+from convert.native import convert_pipeline
+from wanjax.errors import UserError, nearest, run_script
+from wanjax.models import NETWORKS
+from wanjax.tensor_files import DTYPES
+
+_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}
+
+_EXAMPLES = """\
+examples:
+  # the official checkpoint, as `hf download` left it, or diffusers' copy of it
+  python -m convert pipeline Wan2.1-I2V-14B-720P checkpoints/i2v_14b_720p
+  # half the size on the disk, and no loss if the model is run in bfloat16 anyway
+  python -m convert pipeline Wan2.1-I2V-14B-720P checkpoints/i2v_14b_720p --dtype bfloat16
+  # ComfyUI's files: one of them, or a folder of them
+  python -m convert pipeline wan2.1_i2v_720p_14B_bf16.safetensors checkpoints/dit_only
+  # back again; --from puts back what we do not keep (the text half of CLIP)
+  python -m convert export checkpoints/i2v_14b_720p OUT --format official --from Wan2.1-I2V-14B-720P
+  python -m convert export checkpoints/i2v_14b_720p OUT --format diffusers
+  python -m convert export checkpoints/i2v_14b_720p model.safetensors --format comfyui
+  # a trained adapter for ComfyUI and diffusers, and one from elsewhere for us
+  python -m convert lora runs/noir noir.safetensors --format comfyui
+  python -m convert lora downloaded.safetensors adapter.safetensors --format native
+  # what is this?
+  python -m convert inspect anything.safetensors
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors are one sentence like all others, with the nearest names after a typo."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
+
+    def _check_value(self, action: argparse.Action, value: str) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = action.option_strings[0] if action.option_strings else "command"
+            raise UserError(f"'{value}' is no {what}{nearest(value, action.choices)}")
+
+
+def _networks(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in NETWORKS:
+            raise UserError(f"'{name}' is no network{nearest(name, NETWORKS)}")
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog="python -m convert", description=__doc__, epilog=_EXAMPLES, formatter_class=form
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        mine = "\n".join(_examples(name))
+        return commands.add_parser(
+            name, help=text, description=text, epilog=mine, formatter_class=form
+        )
+
+    only = {
+        "type": _networks,
+        "default": (),
+        "metavar": "NAMES",
+        "help": f"only these networks, of {','.join(NETWORKS)}",
+    }
+    pipeline = command("pipeline", "Make a native folder of an official, diffusers or ComfyUI one.")
+    pipeline.add_argument("src", type=Path, metavar="SRC", help="a folder, or one safetensors file")
+    pipeline.add_argument("dst", type=Path, metavar="DST", help="the native folder to write")
+    pipeline.add_argument(
+        "--dtype", choices=_DTYPES, help="cast all tensors (default: each keeps its type)"
+    )
+    pipeline.add_argument("--only", **only)
+
+    out = command("export", "Write a native folder in another format.")
+    out.add_argument("folder", type=Path, metavar="DST", help="the native folder")
+    out.add_argument("out", type=Path, metavar="OUT", help="a folder; for comfyui, a file")
+    out.add_argument("--format", choices=FORMATS, required=True)
+    out.add_argument(
+        "--from",
+        dest="origin",
+        type=Path,
+        metavar="SRC",
+        help="the checkpoint it was made of, whence dropped tensors are put back",
+    )
+    out.add_argument("--only", **only)
+
+    lora = command("lora", "Convert an adapter: a run or a file, to ComfyUI's format or to ours.")
+    lora.add_argument("src", type=Path, metavar="SRC", help="a run, a native or a foreign adapter")
+    lora.add_argument("out", type=Path, metavar="OUT", help="the safetensors file to write")
+    lora.add_argument("--format", choices=("comfyui", "native"), required=True)
+
+    look = command("inspect", "Say what a file or folder is: kind, sizes, types, what is amiss.")
+    look.add_argument("path", type=Path, metavar="PATH")
+    return parser
+
+
+def _examples(command: str) -> list[str]:
+    """The examples above that show one command, with the remarks before them."""
+    lines, kept, remark = _EXAMPLES.splitlines(), ["examples:"], []
+    for line in lines[1:]:
+        if line.startswith("  #"):
+            remark = [line]
+        elif f"convert {command} " in line:
+            kept += [*remark, line]
+            remark = []
+    return kept
+
+
+def _stop(*_: object) -> None:
+    """A termination unwinds as an error does, so that nothing half written stays."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; reports go to stdout, progress and errors to stderr."""
+    signal.signal(signal.SIGTERM, _stop)
+    args = _parser().parse_args(arguments)
+    if args.command == "pipeline":
+        dtype: np.dtype | None = _DTYPES.get(args.dtype)
+        report = convert_pipeline(args.src, args.dst, dtype=dtype, only=args.only)
+    elif args.command == "export":
+        report = export(args.folder, args.out, args.format, origin=args.origin, only=args.only)
+    elif args.command == "lora":
+        from convert.lora import convert_lora  # what needs an adapter needs all of JAX
+
+        report = convert_lora(args.src, args.out, args.format)
+    else:
+        report = inspect(args.path)
+    sys.stdout.write(report + "\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,252 @@
+"""The native checkpoint folder: `config.json`, `<network>.safetensors`, and `tokenizer/`.
+
+Tensors have our names and our layout, and each is contiguous, stacked layers included. So a process
+reads only the byte ranges of the shards that it will hold, a leaf at a time, and what was larger
+than its memory never passes through it. `python -m convert pipeline` makes such folders.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from wanjax.errors import UserError
+from wanjax.models import NETWORKS, Config
+from wanjax.outputs import whole_folder
+from wanjax.progress import progress_bar
+from wanjax.sharding import spec
+from wanjax.tensor_files import SafetensorsWriter, drop_pages, read_safetensors
+from wanjax.types import PathLike
+
+FORMAT, VERSION = "wanjax", 1
+METADATA = {"format": FORMAT, "version": str(VERSION)}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `config.json` says: each network's architecture, and whence it was converted."""
+
+    networks: Mapping[str, Config]
+    source: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+
+
+def read_config(folder: PathLike) -> dict[str, Config]:
+    """The configs of the networks in a native folder, whose files are whole.
+
+    Raises `UserError` for a folder that is missing, not ours, of a newer version, or truncated.
+    """
+    return dict(read_manifest(folder).networks)
+
+
+def read_manifest(folder: PathLike) -> Manifest:
+    """As `read_config`, with the facts about the source that an export needs."""
+    folder = Path(folder)
+    path = folder / "config.json"
+    data = _read_json(folder, path)
+    if data.get("version") != VERSION:
+        raise UserError(
+            f"{path} has version {data.get('version')} and this wanjax reads version {VERSION}; "
+            "update wanjax, or convert the checkpoint again."
+        )
+    networks = {}
+    for name, values in data.get("networks", {}).items():
+        if name not in NETWORKS:
+            raise UserError(f"{path} names an unknown network '{name}'; update wanjax.")
+        networks[name] = parse_config(NETWORKS[name][1], values, where=f"{path}, '{name}'")
+        read_safetensors(folder / f"{name}.safetensors")
+    return Manifest(networks, data.get("source", {}))
+
+
+def _read_json(folder: Path, path: Path) -> dict:
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no checkpoint folder '{folder}'; make one with `python -m convert pipeline`."
+        )
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        data = {}
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); convert the checkpoint again."
+        ) from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} is not a native wanjax checkpoint; "
+            f"convert it first: python -m convert pipeline {folder} NEW_FOLDER"
+        )
+    return data
+
+
+def parse_config(kind: type, values: Mapping[str, object], where: str) -> Config:
+    """A config from JSON values, all of whose fields must be there and no others."""
+    names = {f.name for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(values) - names):
+        raise UserError(f"{where} has an unknown field '{unknown[0]}'; update wanjax.")
+    if missing := sorted(names - set(values)):
+        raise UserError(f"{where} lacks the field '{missing[0]}'; convert the checkpoint again.")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `config.json`."""
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "networks": {k: dataclasses.asdict(v) for k, v in manifest.networks.items()},
+        "source": manifest.source,
+    }
+    (folder / "config.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def abstract_network(network: str, config: Config, dtype: DTypeLike) -> nnx.Module:
+    """The network with shapes and types in place of arrays."""
+    build = NETWORKS[network][0]
+    return nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def parameters(module: nnx.Module) -> dict[str, nnx.Variable]:
+    """Every variable of a module by its native name, such as `blocks.self_attn.q.kernel`."""
+    return {".".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(module))}
+
+
+def load_network(
+    folder: PathLike, network: str, *, dtype: DTypeLike, mesh: Mesh | None = None
+) -> nnx.Module:
+    """One network of a native folder, on the default device, or sharded over `mesh`.
+
+    Matrices become `dtype`; what a network keeps in fp32 (norms, modulation) becomes fp32. Of each
+    leaf only the byte ranges of the local shards are read. Raises `UserError`, naming the file and
+    the tensor, for a folder that does not hold this network whole.
+    """
+    configs = read_config(folder)
+    if network not in configs:
+        raise UserError(
+            f"{folder} holds no {network} (it has {', '.join(configs) or 'no network'}); "
+            "convert the checkpoint again, with it."
+        )
+    path = Path(folder) / f"{network}.safetensors"
+    tensors = read_safetensors(path).tensors
+    graph, state = nnx.split(abstract_network(network, configs[network], dtype))
+    variables = state.flat_state()
+    _check(path, tensors, {".".join(map(str, p)): v.shape for p, v in variables})
+    total = sum(t.nbytes for t in tensors.values())
+    with progress_bar(f"Loading {network}", total, unit="bytes", hidden=total < 1 << 30) as bar:
+        for keys, variable in variables:
+            view = tensors[".".join(map(str, keys))]
+            variable.set_value(_place(view, variable, mesh))
+            drop_pages(view)
+            bar.advance(view.nbytes)
+    return nnx.merge(graph, state)
+
+
+def _check(path: Path, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple]) -> None:
+    for name, shape in shapes.items():
+        if name not in tensors or tensors[name].shape != shape:
+            found = f"as {tensors[name].shape}, not {shape}" if name in tensors else "not at all"
+            raise UserError(f"{path} holds '{name}' {found}; convert the checkpoint again.")
+    if stray := sorted(set(tensors) - set(shapes)):
+        raise UserError(f"{path} holds an unknown tensor '{stray[0]}'; convert it again.")
+
+
+def _place(view: np.ndarray, variable: nnx.Variable, mesh: Mesh | None) -> jax.Array:
+    """The leaf on its devices, in the variable's type; each distinct shard is read once."""
+    if mesh is None:
+        sharding = SingleDeviceSharding(jax.local_devices()[0])
+    else:
+        axes = variable.get_metadata().get("axes") or ()
+        sharding = NamedSharding(mesh, spec(axes, view.shape, mesh))
+    shards: dict[str, np.ndarray] = {}
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in shards:
+            shards[str(index)] = view[index].astype(variable.dtype, order="C")
+        return shards[str(index)]
+
+    array = jax.make_array_from_callback(view.shape, sharding, read)
+    return array.block_until_ready()  # so that no second leaf waits on the host
+
+
+def save_native(
+    folder: PathLike, networks: Mapping[str, nnx.Module], tokenizer: PathLike | None = None
+) -> None:
+    """Write modules in memory as a native folder; parameters keep their types.
+
+    `tokenizer` is a folder to copy. Raises `UserError` where `folder` exists or cannot be written.
+    """
+    with whole_folder(Path(folder)) as partial:
+        for name, module in networks.items():
+            _write_network(partial, name, module)
+        write_manifest(partial, Manifest({k: m.config for k, m in networks.items()}))
+        if tokenizer is not None:
+            copy_tokenizer(Path(tokenizer), partial)
+
+
+def _write_network(folder: Path, name: str, module: nnx.Module) -> None:
+    leaves = parameters(module)
+    expected = parameters(abstract_network(name, module.config, jnp.float32))
+    if leaves.keys() != expected.keys():
+        odd = sorted(leaves.keys() ^ expected.keys())[0]
+        raise UserError(
+            f"The {name} has '{odd}' beside its own parameters or lacks it; "
+            "merge or detach adapters before saving the whole network."
+        )
+    header = {k: (np.dtype(v.dtype), v.shape) for k, v in leaves.items()}
+    with SafetensorsWriter(folder / f"{name}.safetensors", header, METADATA) as writer:
+        for leaf, variable in leaves.items():
+            writer.write(leaf, np.asarray(variable[...]))
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer's files into `folder/tokenizer`."""
+    shutil.copytree(source, folder / "tokenizer", copy_function=shutil.copyfile)
+
+
+def fingerprint(folder: PathLike, network: str) -> str:
+    """A short hash of a network's config, its tensors' names and shapes, and samples of each.
+
+    It tells one checkpoint from another without reading the whole of it: the first and the last
+    4 KiB of every leaf are hashed.
+    """
+    configs = read_config(folder)
+    if network not in configs:
+        raise UserError(f"{folder} holds no {network}; convert the checkpoint again, with it.")
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(configs[network])).encode())
+    tensors = read_safetensors(Path(folder) / f"{network}.safetensors").tensors
+    for name in sorted(tensors):
+        flat = tensors[name].reshape(-1).view(np.uint8)
+        digest.update(f"{name} {tensors[name].shape} {tensors[name].dtype}".encode())
+        digest.update(flat[:4096].tobytes() + flat[-4096:].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def replace_network(source: PathLike, folder: PathLike, network: str, module: nnx.Module) -> None:
+    """A native folder like `source` in which one network is `module`; the others are hard links
+    where the disk allows it, else copies."""
+    source, manifest = Path(source), read_manifest(source)
+    with whole_folder(Path(folder)) as partial:
+        _write_network(partial, network, module)
+        for name in manifest.networks:
+            if name != network:
+                link_or_copy(source / f"{name}.safetensors", partial / f"{name}.safetensors")
+        if (source / "tokenizer").is_dir():
+            copy_tokenizer(source / "tokenizer", partial)
+        write_manifest(partial, manifest)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy where links cannot be made."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,20 @@
+"""Settings of the scripts: one dataclass a script, and presets, which are instances of them.
+
+`python train.py PRESET --features ... --rank 16`: the preset gives the defaults of the job, the
+command line overrides any of them. The architecture is never set here: it comes from the
+checkpoint's own config.
+"""
+
+from configs.command_line import command_line, parse_mesh
+from configs.jobs import EncodeJob, SampleJob, TrainJob
+from configs.presets import PRESETS, Preset
+
+__all__ = [
+    "PRESETS",
+    "EncodeJob",
+    "Preset",
+    "SampleJob",
+    "TrainJob",
+    "command_line",
+    "parse_mesh",
+]

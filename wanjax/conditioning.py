@@ -9,6 +9,7 @@ Wan-Video/Wan2.1 `wan/image2video.py` (bicubic without antialias; CLIP's picture
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
@@ -16,7 +17,10 @@ from PIL import Image
 
 from wanjax.errors import UserError, nearest
 from wanjax.models.clip import CLIPVision
+from wanjax.models.umt5 import UMT5
 from wanjax.models.vae import VAE
+from wanjax.text import zero_padding
+from wanjax.types import Tokens
 
 PREPROCESS = ("official", "diffusers")
 CLIP_MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -88,10 +92,29 @@ def encode_picture(
     vae: VAE, image_encoder: CLIPVision, prepared: Prepared
 ) -> tuple[Float[Array, "1 S C"], Float[Array, "1 t h w 20"]]:
     """CLIP tokens of the picture(s), joined along S, and the condition: mask, then latents."""
-    tokens = image_encoder(jnp.asarray(prepared.clip))
-    latents = vae.encode(jnp.asarray(prepared.video)[None])
+    tokens = _encode_image(image_encoder, prepared.clip)
+    latents = vae.encode(prepared.video[None])
     condition = jnp.concatenate([jnp.asarray(prepared.mask)[None], latents], axis=-1)
     return tokens.reshape(1, -1, tokens.shape[-1]), condition
+
+
+def encode_text(text_encoder: UMT5, tokens: Tokens) -> list[Float[np.ndarray, "L C"]]:
+    """umT5 features of each prompt, zero after its end; one at a time, to bound memory."""
+    features = []
+    for ids, mask in zip(tokens.ids, tokens.mask):
+        encoded = _encode_tokens(text_encoder, ids[None], mask[None])
+        features.append(np.asarray(zero_padding(encoded, mask[None])[0]))
+    return features
+
+
+@jax.jit
+def _encode_image(image_encoder: CLIPVision, pixels: Float[Array, "B H W 3"]) -> jax.Array:
+    return image_encoder(pixels)
+
+
+@jax.jit
+def _encode_tokens(text_encoder: UMT5, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    return text_encoder(ids, mask)
 
 
 def _frame(picture: Picture, height: int, width: int, preprocess: str) -> np.ndarray:

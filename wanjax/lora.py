@@ -129,10 +129,8 @@ def apply(model: nnx.Module, loras: Sequence[tuple[LoRA, float]]) -> None:
 
     Several adapters on one layer are joined along the rank, which is exactly their sum.
     """
-    layers = dict(linears(model))
-    for lora, _ in loras:
-        _check_fits(lora, layers)
-    for role, layer in layers.items():
+    check_fits(model, loras)
+    for role, layer in linears(model):
         found = [(lora.layers[role], strength) for lora, strength in loras if role in lora.layers]
         if found:
             down = np.concatenate([a.down for a, _ in found], axis=-1)
@@ -155,19 +153,26 @@ def merge(model: nnx.Module) -> None:
             layer.lora = None
 
 
-def _check_fits(lora: LoRA, layers: Mapping[str, Linear]) -> None:
-    if not lora.layers:
-        raise UserError("The LoRA holds no adapter for any layer; check the file it came from.")
-    for role, adapter in lora.layers.items():
-        if role not in layers:
-            raise UserError(
-                f"The LoRA adapts '{role}', which this model has not{nearest(role, layers)} "
-                "It was made for another model."
-            )
-        *lead, d_in, d_out = layers[role].kernel.shape
-        have = (*adapter.down.shape[:-1], adapter.up.shape[-1])
-        if have != (*lead, d_in, d_out):
-            raise UserError(
-                f"The LoRA's '{role}' is for {have[0]} blocks of {have[1]} to {have[2]} channels "
-                f"and this model has {lead[0]} of {d_in} to {d_out}; it was made for another model."
-            )
+def check_fits(model: nnx.Module, loras: Sequence[tuple[LoRA, float]]) -> None:
+    """Refuse adapters that were made for another model, naming what differs."""
+    layers = dict(linears(model))
+    for lora, _ in loras:
+        if not lora.layers:
+            raise UserError("The LoRA holds no adapter for any layer; check where it came from.")
+        for role, adapter in lora.layers.items():
+            _check_layer(role, adapter, layers)
+
+
+def _check_layer(role: str, adapter: LayerAdapter, layers: Mapping[str, Linear]) -> None:
+    if role not in layers:
+        raise UserError(
+            f"The LoRA was made for another model: it adapts '{role}', which this one has not"
+            f"{nearest(role, layers)}"
+        )
+    blocks, d_in, d_out = layers[role].kernel.shape
+    found = (adapter.down.shape[0], adapter.down.shape[1], adapter.up.shape[-1])
+    if found != (blocks, d_in, d_out):
+        raise UserError(
+            f"The LoRA was made for another model: its '{role}' is for {found[0]} blocks of "
+            f"{found[1]} to {found[2]} channels, and this one has {blocks} of {d_in} to {d_out}."
+        )

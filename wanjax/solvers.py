@@ -65,8 +65,7 @@ class State(NamedTuple):
 
 def initial_state(noise: Float[Array, "..."]) -> State:
     """The state before the first step; the history is zero and has zero weight there."""
-    zero = jnp.zeros_like(noise)
-    return State(noise, zero, zero, zero)
+    return State(noise, *(jnp.zeros_like(noise) for _ in range(3)))
 
 
 def step(state: State, velocity: Float[Array, "..."], c: Coefficients) -> State:

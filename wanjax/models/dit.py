@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from wanjax.attention import attention
@@ -54,7 +55,7 @@ class DiTConfig:
 class Mlp(nnx.Module):
     """`down(gelu(up(x)))`, the tanh approximation of GELU."""
 
-    def __init__(self, d_in: int, width: int, d_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, d_in: int, width: int, d_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.up = Linear(d_in, width, dtype=dtype, rngs=rngs)
         self.down = Linear(width, d_out, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
 
@@ -65,7 +66,7 @@ class Mlp(nnx.Module):
 class SelfAttention(nnx.Module):
     """Every video token attends to every other, with rotary positions."""
 
-    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d = config.dim
         self.head_size = config.head_size
         self.q, self.k, self.v = (Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(3))
@@ -82,7 +83,7 @@ class SelfAttention(nnx.Module):
 class CrossAttention(nnx.Module):
     """Video tokens attend to the text and, with keys and values of their own, to the image."""
 
-    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d = config.dim
         self.head_size = config.head_size
         self.q, self.k, self.v = (Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(3))
@@ -111,7 +112,7 @@ class CrossAttention(nnx.Module):
 class Block(nnx.Module):
     """One transformer block; `modulation` is added to the timestep's six vectors."""
 
-    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d, eps = config.dim, config.eps
         table = jax.random.normal(rngs.params(), (6, d), jnp.float32) / np.sqrt(d)
         self.modulation = nnx.Param(table, axes=(None, "embed"))
@@ -142,7 +143,7 @@ class Block(nnx.Module):
 class ImageEmbed(nnx.Module):
     """CLIP tokens to the model's width: `norm_out(down(gelu(up(norm_in(x + positions)))))`."""
 
-    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         c = config.image_dim
         if config.image_positions is not None:
             self.positions = nnx.Param(jnp.zeros((config.image_positions, c), jnp.float32))
@@ -161,7 +162,7 @@ class ImageEmbed(nnx.Module):
 class Head(nnx.Module):
     """Tokens back to patches of velocity; modulated by the embedding before its projection."""
 
-    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d = config.dim
         table = jax.random.normal(rngs.params(), (2, d), jnp.float32) / np.sqrt(d)
         self.modulation = nnx.Param(table, axes=(None, "embed"))
@@ -177,7 +178,7 @@ class Head(nnx.Module):
 class PatchEmbed(nnx.Module):
     """A convolution whose stride is its size, written as one matrix product."""
 
-    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.size = config.patch_size
         shape = (*config.patch_size, config.in_channels, config.dim)
         kernel = xavier_uniform(rngs.params(), shape, dtype)
@@ -195,7 +196,7 @@ class PatchEmbed(nnx.Module):
 class DiT(nnx.Module):
     """The denoiser. Matrices are in `dtype`; the timestep's path and all norms stay fp32."""
 
-    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
         self.config = config
         d = config.dim
         self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)

@@ -1,0 +1,54 @@
+"""Presets: named defaults for each kind of model. Numbers are those of Wan's own `generate.py`."""
+
+from dataclasses import dataclass, replace
+
+from configs.jobs import EncodeJob, SampleJob, TrainJob
+from wanjax.training import TrainConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Defaults of every script for one kind of model."""
+
+    summary: str
+    encode: EncodeJob
+    train: TrainJob
+    sample: SampleJob
+
+
+def _preset(summary: str, area: int, steps: int, shift: float, guidance: float = 5.0) -> Preset:
+    return Preset(
+        summary,
+        EncodeJob(area=area),
+        TrainJob(settings=TrainConfig(shift=shift)),
+        SampleJob(area=area, steps=steps, shift=shift, guidance=guidance),
+    )
+
+
+_HD, _SD = 720 * 1280, 480 * 832
+_NANO_AREA = 64 * 112
+
+PRESETS: dict[str, Preset] = {
+    "i2v_14b_720p": _preset("Wan2.1 I2V-14B at 720p", _HD, steps=40, shift=5.0),
+    "i2v_14b_480p": _preset("Wan2.1 I2V-14B at 480p", _SD, steps=40, shift=3.0),
+    "flf2v_14b_720p": _preset("Wan2.1 first and last frame, 720p", _HD, steps=50, shift=16.0),
+    "t2v_14b": _preset("Wan2.1 T2V-14B at 720p", _HD, steps=50, shift=5.0),
+    "t2v_1_3b": _preset("Wan2.1 T2V-1.3B at 480p", _SD, steps=50, shift=5.0),
+    "nano": Preset(
+        "the same structure at toy widths, for two CPU cores",
+        EncodeJob(area=_NANO_AREA, stride=8, dtype="float32"),
+        TrainJob(
+            settings=TrainConfig(
+                rank=16,
+                alpha=16.0,
+                targets="all",
+                steps=300,
+                batch=4,
+                learning_rate=2e-3,
+                shift=3.0,
+                dtype="float32",
+            )
+        ),
+        replace(SampleJob(), area=_NANO_AREA, frames=33, steps=20, shift=3.0, dtype="float32"),
+    ),
+}

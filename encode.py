@@ -1,0 +1,132 @@
+"""Encode clips once, before training: `python encode.py PRESET --data DIR --checkpoint C --out F`.
+
+Films are resampled to 16 fps by time, cut into windows inside their shots, and seen by the VAE,
+umT5 and CLIP; their features are cached. An interrupted encode goes on where it stopped when the
+same command is run again.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from configs import EncodeJob, command_line
+from wanjax.conditioning import check_size, encode_picture, prepare, size_for
+from wanjax.data.clips import Window, read_dataset, summary, windows
+from wanjax.data.features import FeatureSpec, FeatureWriter
+from wanjax.data.framing import fit
+from wanjax.data.video import probe
+from wanjax.errors import UserError, run_script
+from wanjax.pipeline import Pipeline, parse_dtype
+from wanjax.progress import progress_bar
+from wanjax.weights import fingerprint
+
+
+def main() -> None:
+    _, job = command_line(lambda preset: preset.encode, __doc__)
+    shots = read_dataset(job.data, job.default_caption)
+    cut = windows(shots, job.frames, job.fps, job.stride)
+    height, width = choose_size(job, cut)
+    pipeline = Pipeline(job.checkpoint, dtype=parse_dtype(job.dtype))
+    spec = feature_spec(pipeline, job, height, width)
+    encoders = [name for name in pipeline.configs if name != "dit"]
+    writer = FeatureWriter(job.out, spec, origin(job, encoders, cut, height, width))
+    todo = [window for window in cut if not writer.done(window.name)]
+    sys.stderr.write(f"{summary(shots, cut)}; {width}x{height}, {len(todo)} to encode\n")
+    texts = encode_captions(pipeline, todo)
+    with progress_bar("Encoding", len(cut), done=len(cut) - len(todo)) as bar:
+        for window in todo:
+            arrays = encode_window(pipeline, job, window, height, width)
+            caption = window.shot.caption
+            writer.add(window.name, window.shot.split, caption, text=texts[caption], **arrays)
+            bar.advance(note=window.name)
+    writer.finish()
+
+
+def choose_size(job: EncodeJob, cut: Sequence[Window]) -> tuple[int, int]:
+    """The size asked for, or the one of `area` pixels with the first clip's aspect."""
+    if (job.height is None) != (job.width is None):
+        raise UserError("Give both --height and --width, or neither (the first clip decides).")
+    if job.height is not None:
+        size = job.height, job.width
+    else:
+        info = probe(cut[0].shot.file)
+        size = size_for(info.height, info.width, job.area)
+    check_size(job.frames, *size)
+    return size
+
+
+def feature_spec(pipeline: Pipeline, job: EncodeJob, height: int, width: int) -> FeatureSpec:
+    """Shapes of one window's features, from the checkpoint's own configs."""
+    dit, vae = pipeline.configs["dit"], pipeline.configs["vae"]
+    stride = vae.stride
+    grid = ((job.frames - 1) // stride[0] + 1, height // stride[1], width // stride[2])
+    has_image = dit.image_dim is not None
+    tokens = pipeline.configs["image_encoder"].num_tokens if has_image else 0
+    pictures = 1 if dit.image_positions is None else 2
+    return FeatureSpec(
+        latents=(*grid, vae.z_dim),
+        text=(dit.text_len, dit.text_dim),
+        condition=(*grid, dit.in_channels - vae.z_dim) if has_image else None,
+        image=(pictures * tokens, dit.image_dim) if has_image else None,
+        dtype=job.dtype,
+    )
+
+
+def origin(
+    job: EncodeJob, encoders: Sequence[str], cut: Sequence[Window], height: int, width: int
+) -> dict:
+    """All that the features depend on; a cache made under other circumstances is refused."""
+    films = {w.shot.file: w.shot.file.stat().st_size for w in cut}
+    content = [[w.name, w.shot.caption, w.shot.split, films[w.shot.file]] for w in cut]
+    return {
+        "checkpoint": {name: fingerprint(job.checkpoint, name) for name in encoders},
+        "frames": job.frames,
+        "fps": job.fps,
+        "height": height,
+        "width": width,
+        "preprocess": job.preprocess,
+        "windows_and_captions": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+    }
+
+
+def encode_captions(pipeline: Pipeline, cut: Sequence[Window]) -> dict[str, np.ndarray]:
+    """Features of every caption at its true length; then umT5 is no longer needed."""
+    captions = list(dict.fromkeys(window.shot.caption for window in cut))
+    texts = {}
+    with progress_bar("Captions", len(captions), hidden=len(captions) < 2) as bar:
+        for caption in captions:
+            features = pipeline.encode_prompts([caption])[0]
+            texts[caption] = features[: np.flatnonzero(features.any(-1))[-1] + 1]
+            bar.advance()
+    pipeline.release("text_encoder")
+    return texts
+
+
+def encode_window(
+    pipeline: Pipeline, job: EncodeJob, window: Window, height: int, width: int
+) -> dict[str, np.ndarray]:
+    """Latents of the window, and the condition that its own first frame gives."""
+    frames = fit(window.read().frames, height, width)
+    video = frames.astype(np.float32) / 127.5 - 1
+    arrays = {"latents": np.asarray(pipeline.vae.encode(video[None])[0])}
+    config = pipeline.configs["dit"]
+    if config.image_dim is not None:
+        prepared = prepare(
+            frames[0],
+            last_picture=None if config.image_positions is None else frames[-1],
+            frames=job.frames,
+            height=height,
+            width=width,
+            preprocess=job.preprocess,
+            clip_size=pipeline.configs["image_encoder"].image_size,
+        )
+        tokens, condition = encode_picture(pipeline.vae, pipeline.image_encoder, prepared)
+        arrays |= {"image": np.asarray(tokens[0]), "condition": np.asarray(condition[0])}
+    return arrays
+
+
+if __name__ == "__main__":
+    run_script(main)

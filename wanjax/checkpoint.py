@@ -1,0 +1,180 @@
+"""What runs write: Orbax checkpoints of a training state, and adapters as files.
+
+A run is a folder: `run.json` (its settings, written first), `checkpoints/STEP/` (trained
+parameters, optimizer, step, loader position), logs. The frozen base is never in it. An adapter by
+itself is one safetensors file in our names. This is the only module that imports Orbax.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from wanjax.errors import UserError
+from wanjax.lora import STACK, LayerAdapter, LoRA
+from wanjax.outputs import whole_file
+from wanjax.tensor_files import SafetensorsWriter, read_safetensors
+from wanjax.types import PathLike
+
+RUN_FILE = "run.json"
+ADAPTER_FORMAT = "wanjax-lora"
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last; each appears only when it is whole."""
+
+    def __init__(self, run: Path, *, keep: int | None = None):
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.run = run
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, loader: Mapping[str, Any]) -> None:
+        """Write one checkpoint. Raises `UserError` where the disk is full; older ones survive."""
+        parts = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), loader=ocp.args.JsonSave(dict(loader))
+        )
+        try:
+            self._manager.save(step, args=parts, force=True)
+        except Exception as error:  # tensorstore reports a full disk as ValueError or OSError
+            self._discard_partial()
+            kept = "none is kept yet" if self.latest is None else f"step {self.latest} is kept"
+            raise UserError(
+                f"The checkpoint of step {step} could not be written to {self.run} ({kept}): "
+                f"{_first_line(error)}; make room and run the same command again."
+            ) from error
+
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """State and loader position of `step`, with the shapes, types and shardings of `like`."""
+        parts = ocp.args.Composite(
+            state=ocp.args.StandardRestore(like), loader=ocp.args.JsonRestore()
+        )
+        try:
+            restored = self._manager.restore(step, args=parts)
+        except Exception as error:  # Orbax raises many kinds
+            raise UserError(
+                f"The checkpoint {self.run}/checkpoints/{step} cannot be read "
+                f"({_first_line(error)}); delete that folder to go on from an older one."
+            ) from error
+        return restored.state, restored.loader
+
+    def _discard_partial(self) -> None:
+        for folder in (self.run / "checkpoints").glob("*orbax-checkpoint-tmp*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def read_run(run: PathLike) -> dict[str, Any]:
+    """The settings of a run, as `run.json` holds them."""
+    path = Path(run) / RUN_FILE
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"{run} is not a run of train.py (no {RUN_FILE}); check the path."
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged; restore it from a copy of the run.") from error
+    if not isinstance(data, dict) or data.get("format") != "wanjax-run":
+        raise UserError(f"{path} was not written by wanjax; check the path.")
+    return data
+
+
+def load_lora(path: PathLike) -> LoRA:
+    """Adapters from a run (its newest checkpoint) or from a native adapter file."""
+    path = Path(path)
+    if path.is_dir():
+        return _lora_of_run(path)
+    if not path.exists():
+        raise UserError(f"There is no run or adapter file '{path}'; check the path.")
+    return _lora_of_file(path)
+
+
+def _lora_of_run(run: Path) -> LoRA:
+    settings = read_run(run)
+    if settings["train"] != "lora":
+        raise UserError(f"{run} trained all weights and has no adapter; use its model/ folder.")
+    step = Checkpoints(run).latest
+    if step is None:
+        raise UserError(f"{run} has no checkpoint yet; let it train for longer.")
+    folder = (run / "checkpoints" / str(step) / "state").absolute()
+    reader = ocp.PyTreeCheckpointer()
+    tree = reader.metadata(folder).item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    params = reader.restore(folder, restore_args=as_numpy)["params"]
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    for keys, value in nnx.to_flat_state(params):
+        # blocks, cross_attn, q, lora, down, value
+        role = ".".join(keys[1 : keys.index("lora")])
+        layers.setdefault(role, {})[keys[keys.index("lora") + 1]] = value
+    alpha = float(settings["alpha"])
+    return LoRA(
+        {role: LayerAdapter(w["down"], w["up"], alpha) for role, w in layers.items()},
+        {"step": str(step), "preset": settings["preset"]},
+    )
+
+
+def save_lora(path: PathLike, lora: LoRA) -> None:
+    """Write a native adapter file, whole or not at all."""
+    tensors: dict[str, np.ndarray] = {}
+    for role, adapter in lora.layers.items():
+        tensors[f"{STACK}.{role}.down"] = np.asarray(adapter.down, np.float32)
+        tensors[f"{STACK}.{role}.up"] = np.asarray(adapter.up, np.float32)
+    header = {name: (t.dtype, t.shape) for name, t in tensors.items()}
+    alphas = {role: adapter.alpha for role, adapter in lora.layers.items()}
+    metadata = {**lora.metadata, "format": ADAPTER_FORMAT, "alpha": json.dumps(alphas)}
+    with whole_file(Path(path)) as partial, SafetensorsWriter(partial, header, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def _lora_of_file(path: Path) -> LoRA:
+    file = read_safetensors(path)
+    if file.metadata.get("format") != ADAPTER_FORMAT:
+        raise UserError(
+            f"{path} is not a native adapter; convert it first: "
+            f"python -m convert lora {path} ADAPTER.safetensors --format native"
+        )
+    try:
+        alphas = json.loads(file.metadata["alpha"])
+        layers = {
+            role: LayerAdapter(
+                np.array(file.tensors[f"{STACK}.{role}.down"]),
+                np.array(file.tensors[f"{STACK}.{role}.up"]),
+                float(alpha),
+            )
+            for role, alpha in alphas.items()
+        }
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); export the adapter again.") from error
+    keep = {k: v for k, v in file.metadata.items() if k not in ("format", "alpha")}
+    return LoRA(layers, keep)
+
+
+def check_resumable(
+    run: Path, settings: Mapping[str, Any], saved: Mapping[str, Any], free: frozenset[str]
+) -> None:
+    """Refuse a resumed run whose settings differ, by name, except for those in `free`."""
+    for name in sorted(settings.keys() | saved.keys()):
+        if name not in free and settings.get(name) != saved.get(name):
+            raise UserError(
+                f"{run} was started with {name}={saved.get(name)!r} and this command has "
+                f"{settings.get(name)!r}; use the old value, or another --run for a new run."
+            )

@@ -1,0 +1,244 @@
+"""The training loop: adapters (or all weights) by gradient descent on the flow-matching loss.
+
+`train_step` is one pure function of the trained parameters, the frozen ones, a batch and the step's
+number; all randomness is `fold_in(key, step)`. So a run that was killed and resumed equals one that
+never stopped, bit for bit.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
+
+from wanjax import lora
+from wanjax.checkpoint import Checkpoints
+from wanjax.errors import UserError
+from wanjax.flow import flow_loss, losses_at
+from wanjax.models.dit import DiT
+from wanjax.sharding import shardings, spec
+from wanjax.types import Batch
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The defaults are the paper's: cross-attention LoRA 8/16, AdamW at 3e-5."""
+
+    train: Literal["lora", "full"] = "lora"
+    """Adapters on a frozen base, or every weight (kept in fp32; for small models)."""
+    rank: int = 8
+    """Rank of the adapters."""
+    alpha: float = 16.0
+    """The adapters' change is scaled by alpha/rank."""
+    targets: str = "paper"
+    """paper (cross-attention), attention, qv, all, or roles such as self_attn.q,ffn.up."""
+    steps: int = 1000
+    """Optimizer steps in all; a run that has fewer goes on from its last checkpoint."""
+    batch: int = 1
+    """Windows per step."""
+    learning_rate: float = 3e-5
+    """AdamW's, after the warm-up; constant from there."""
+    warmup: int = 20
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    clip_norm: float = 1.0
+    """Gradients of a larger norm are scaled down to it."""
+    shift: float = 5.0
+    """Wan's time shift: more than 1 trains more at high noise (5 for 720p, 3 for 480p)."""
+    timestep_law: Literal["uniform", "logit_normal"] = "uniform"
+    """Law of the time before the shift."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the frozen weights and of the matrix products."""
+    seed: int = 0
+    """Of the adapters, the noise and the order of the windows."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 3
+    """Checkpoints to keep."""
+    log_every: int = 1
+    """Steps between lines of metrics."""
+    validate_every: int = 0
+    """Steps between losses on the validation split; 0 for never."""
+
+
+# What a resumed run may have otherwise than the run that it goes on from.
+FREE_TO_CHANGE = frozenset({"steps", "mesh", "checkpoint_every", "keep", "log_every"}) | {
+    "validate_every"
+}
+
+
+class TrainState(NamedTuple):
+    """What changes from step to step; a checkpoint is this and the loader's position."""
+
+    step: jax.Array
+    params: nnx.State
+    optimizer: optax.OptState
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW with a linear warm-up and clipping by global norm."""
+    rate = optax.linear_schedule(
+        config.learning_rate / max(config.warmup, 1), config.learning_rate, config.warmup
+    )
+    adamw = optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def prepare_model(model: DiT, config: TrainConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """`(graph, trained, frozen)`: adapters attached and split off, or all parameters."""
+    if config.train == "full":
+        return nnx.split(model, nnx.Param, ...)
+    rngs = nnx.Rngs(config.seed)
+    lora.attach(model, rank=config.rank, alpha=config.alpha, targets=config.targets, rngs=rngs)
+    return lora.split(model)
+
+
+def initial_train_state(
+    trained: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh | None
+) -> TrainState:
+    """Step 0; moments lie where their parameters lie."""
+    if mesh is not None:
+        trained = jax.device_put(trained, shardings(trained, mesh))
+    state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
+    if mesh is None:
+        return state
+    replicated = NamedSharding(mesh, jax.sharding.PartitionSpec())
+    on_mesh = lambda x: isinstance(x.sharding, NamedSharding)  # noqa: E731
+    return jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, replicated), state)
+
+
+@partial(jax.jit, static_argnames=("graph", "optimizer", "law"), donate_argnames="state")
+def train_step(
+    state: TrainState,
+    frozen: nnx.State,
+    batch: Batch,
+    key: jax.Array,
+    shift: Float[Array, ""],
+    *,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    law: str,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step; returns the new state, and its loss and gradient norm."""
+
+    def loss_of(params: nnx.State) -> jax.Array:
+        model = nnx.merge(graph, params, frozen)
+        return flow_loss(model, batch, jax.random.fold_in(key, state.step), law=law, shift=shift)
+
+    loss, gradients = jax.value_and_grad(loss_of)(state.params)
+    updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+    return TrainState(state.step + 1, params, moments), metrics
+
+
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@partial(jax.jit, static_argnames="graph")
+def validation_losses(
+    params: nnx.State, frozen: nnx.State, batch: Batch, key: jax.Array, *, graph: nnx.GraphDef
+) -> Float[Array, " Q"]:
+    """Mean loss at five fixed times with noise that depends on `key` only."""
+    model = nnx.merge(graph, params, frozen)
+    noise = jax.random.normal(key, batch.latents.shape)
+    count = batch.latents.shape[0]
+    at = lambda t: losses_at(model, batch, jnp.full(count, t), noise).mean()  # noqa: E731
+    return jax.lax.map(at, jnp.asarray(VALIDATION_TIMES))
+
+
+def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
+    """A host batch on the devices, its examples spread over the mesh's `data` axis."""
+    if mesh is None:
+        return jax.device_put(batch)
+    size, ways = batch.latents.shape[0], mesh.shape["data"]
+    if size % ways:
+        raise UserError(f"A batch of {size} does not divide over data={ways}; change one of them.")
+
+    def place(x: np.ndarray) -> jax.Array:
+        axes = ("batch",) + (None,) * (x.ndim - 1)
+        return jax.device_put(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
+
+    return jax.tree.map(place, batch)
+
+
+class Trainer:
+    """A run in memory: the split model, the state, and the steps over them."""
+
+    def __init__(self, model: DiT, config: TrainConfig, mesh: Mesh | None = None):
+        self.config, self.mesh = config, mesh
+        self.graph, trained, self.frozen = prepare_model(model, config)
+        self.optimizer = make_optimizer(config)
+        self.state = initial_train_state(trained, self.optimizer, mesh)
+        self._key = jax.random.key(config.seed)
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
+
+    def train(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step on a host batch."""
+        with self._on_mesh():
+            self.state, metrics = train_step(
+                self.state,
+                self.frozen,
+                place_batch(batch, self.mesh),
+                self._key,
+                np.float32(self.config.shift),
+                graph=self.graph,
+                optimizer=self.optimizer,
+                law=self.config.timestep_law,
+            )
+            return {name: float(value) for name, value in metrics.items()}
+
+    def validate(self, batches: Iterator[Batch]) -> float:
+        """Mean loss over batches at fixed times and noises; comparable from step to step."""
+        losses = []
+        with self._on_mesh():
+            for i, batch in enumerate(batches):
+                key = jax.random.fold_in(jax.random.key(0), i)
+                batch = place_batch(batch, self.mesh)
+                at_times = validation_losses(
+                    self.state.params, self.frozen, batch, key, graph=self.graph
+                )
+                losses.append(float(at_times.mean()))
+        return float(np.mean(losses))
+
+    def model(self) -> DiT:
+        """The model with its present parameters."""
+        return nnx.merge(self.graph, self.state.params, self.frozen)
+
+    def save(self, checkpoints: Checkpoints, loader: dict[str, Any]) -> None:
+        checkpoints.save(self.step, self.state, loader)
+
+    def restore(self, checkpoints: Checkpoints, step: int) -> dict[str, Any]:
+        """Take up a checkpoint, on whatever mesh this run has; returns the loader's position."""
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
+        )
+        self.state, loader = checkpoints.restore(step, like)
+        return loader
+
+    def _on_mesh(self):
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int | None]]:
+    """While this is open SIGINT and SIGTERM are remembered, not obeyed; the value tells which."""
+    received: list[int] = []
+    with ExitStack() as undo:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, lambda n, _: received.append(n))
+            undo.callback(signal.signal, number, before)
+        yield lambda: received[0] if received else None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -235,10 +236,18 @@ class Trainer:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """While this is open SIGINT and SIGTERM are remembered, not obeyed; the value tells which."""
+    """While this is open the first SIGINT or SIGTERM is remembered, not obeyed, so that a step can
+    end and be saved; the value tells which came. A second one is obeyed at once."""
     received: list[int] = []
     with ExitStack() as undo:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before = signal.signal(number, lambda n, _: received.append(n))
-            undo.callback(signal.signal, number, before)
+        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            received.append(number)
+            for n, handler in before.items():
+                signal.signal(n, handler)
+
+        for number, handler in before.items():
+            signal.signal(number, remember)
+            undo.callback(signal.signal, number, handler)
         yield lambda: received[0] if received else None

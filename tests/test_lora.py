@@ -1,0 +1,182 @@
+"""Adapters: slots, targets, split, merge, and files."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert.lora import convert_lora, read_any_lora, read_comfyui, role_names
+from tests.toy import SMALL, dit_inputs, randomised_adapters, toy_dit
+from wanjax import lora
+from wanjax.checkpoint import load_lora, save_lora
+from wanjax.errors import UserError
+from wanjax.tensor_files import SafetensorsWriter, read_safetensors
+
+
+def adapted(targets="all", rank=3, alpha=6.0, seed=1):
+    model = toy_dit()
+    lora.attach(model, rank=rank, alpha=alpha, targets=targets, rngs=nnx.Rngs(seed))
+    return model
+
+
+def test_a_fresh_adapter_changes_nothing_and_a_trained_one_does():
+    given = dit_inputs()
+    base = toy_dit()(*given)
+    np.testing.assert_array_equal(adapted()(*given), base)
+    moved = randomised_adapters(adapted())(*given)
+    assert float(jnp.abs(moved - base).max()) > 1e-3
+
+
+def test_roles_of_the_presets():
+    counts = {"paper": 6, "attention": 10, "qv": 4, "all": 12}
+    for preset, count in counts.items():
+        assert len(lora.select(toy_dit(), preset)) == count
+    assert set(lora.select(toy_dit(), "self_attn.q,ffn.up")) == {"self_attn.q", "ffn.up"}
+    assert set(lora.TARGETS["all"]) == set(dict(lora.linears(toy_dit()))) == set(role_names())
+
+
+def test_a_text_to_video_model_has_no_image_roles():
+    model = toy_dit(image_dim=None, in_channels=16)
+    assert "cross_attn.k_img" not in lora.select(model, "paper")
+    with pytest.raises(UserError, match="k_img"):
+        lora.select(model, "cross_attn.k_img")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [("cross_atn.q", "cross_attn.q"), ("papper", "paper"), ("ffn.0", "ffn"), ("", "choose")],
+)
+def test_a_target_that_matches_nothing_names_the_nearest(wrong, hint):
+    with pytest.raises(UserError, match=hint):
+        lora.select(toy_dit(), wrong)
+
+
+def test_parameter_counts_of_the_paper():
+    """Cross-attention of all 40 blocks at rank 4, 8, 16: 9.83 M, 19.7 M, 39.3 M."""
+    from wanjax.models.dit import DiT, DiTConfig
+
+    for rank, millions in ((4, 9.83), (8, 19.66), (16, 39.32)):
+
+        def build(rank=rank):
+            model = DiT(DiTConfig(), rngs=nnx.Rngs(0))
+            lora.attach(model, rank=rank, alpha=16, targets="paper", rngs=nnx.Rngs(1))
+            return lora.split(model)[1]
+
+        adapters = nnx.eval_shape(build)
+        total = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(adapters))
+        assert round(total / 1e6, 2) == millions
+
+
+def test_merged_weights_equal_the_side_path():
+    model, given = randomised_adapters(adapted()), dit_inputs()
+    beside = model(*given)
+    lora.merge(model)
+    assert all(layer.lora is None for _, layer in lora.linears(model))
+    np.testing.assert_allclose(model(*given), beside, rtol=2e-5, atol=2e-5)
+
+
+def test_split_separates_adapters_from_the_base():
+    model = adapted()
+    graph, adapters, frozen = lora.split(model)
+    assert len(jax.tree.leaves(adapters)) == 24
+    assert not any(
+        isinstance(v, lora.LoRAParam)
+        for v in jax.tree.leaves(frozen, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    )
+    given = dit_inputs()
+    np.testing.assert_array_equal(nnx.merge(graph, adapters, frozen)(*given), model(*given))
+
+
+def test_several_adapters_with_strengths_are_their_sum():
+    given = dit_inputs()
+    models = [randomised_adapters(adapted(rank=r, seed=s), seed=s) for r, s in ((2, 3), (5, 4))]
+    sets = [lora.extract(m) for m in models]
+    joined = toy_dit()
+    lora.apply(joined, [(sets[0], 0.5), (sets[1], -1.25)])
+
+    summed = toy_dit()
+    for role, layer in lora.linears(summed):
+        for adapter, strength in zip((s.layers[role] for s in sets), (0.5, -1.25)):
+            change = strength * adapter.alpha / adapter.rank * (adapter.down @ adapter.up)
+            layer.kernel[...] = layer.kernel[...] + change
+    np.testing.assert_allclose(joined(*given), summed(*given), rtol=3e-5, atol=3e-5)
+
+
+def test_native_file_round_trip(tmp_path):
+    given, model = dit_inputs(), randomised_adapters(adapted("paper", alpha=5.0))
+    save_lora(tmp_path / "a.safetensors", lora.extract(model, {"step": "7"}))
+    loaded = load_lora(tmp_path / "a.safetensors")
+    assert loaded.metadata == {"step": "7"}
+    again = toy_dit()
+    lora.apply(again, [(loaded, 1.0)])
+    np.testing.assert_allclose(again(*given), model(*given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["paper", "attention", "qv", "all", "cross_attn.k_img"])
+def test_comfyui_round_trip(tmp_path, targets):
+    given, model = dit_inputs(), randomised_adapters(adapted(targets, rank=4, alpha=2.0))
+    save_lora(tmp_path / "native.safetensors", lora.extract(model))
+    report = convert_lora(tmp_path / "native.safetensors", tmp_path / "c.safetensors", "comfyui")
+    assert "rank 4" in report
+    file = read_safetensors(tmp_path / "c.safetensors")
+    assert all(k.startswith("diffusion_model.blocks.") for k in file.tensors)
+    assert not any("alpha" in k for k in file.tensors)
+    assert file.metadata["ss_network_dim"] == file.metadata["ss_network_alpha"] == "4"
+    images = {k.split(".")[-3] for k in file.tensors} & {"k_img", "v_img"}
+    assert len(images) in (0, 2)
+    convert_lora(tmp_path / "c.safetensors", tmp_path / "again.safetensors", "native")
+    again = toy_dit()
+    lora.apply(again, [(read_any_lora(tmp_path / "again.safetensors"), 1.0)])
+    np.testing.assert_allclose(again(*given), model(*given), rtol=1e-5, atol=1e-5)
+
+
+def write_tensors(path, tensors):
+    header = {k: (v.dtype, v.shape) for k, v in tensors.items()}
+    with SafetensorsWriter(path, header, {}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def test_foreign_files_are_refused_by_name(tmp_path):
+    path, a = tmp_path / "x.safetensors", np.zeros((2, 48), np.float32)
+    key = "transformer.blocks.0.attn1.to_q.lora_A.weight"
+    write_tensors(path, {key: a})
+    with pytest.raises(UserError, match=key):
+        read_comfyui(path)
+    write_tensors(path, {"diffusion_model.blocks.0.ffn.0.lora_A.weight": a})
+    with pytest.raises(UserError, match="ffn.up"):
+        read_comfyui(path)
+    with pytest.raises(UserError, match="nowhere"):
+        read_any_lora(tmp_path / "nowhere")
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"cut\.safetensors is truncated"):
+        read_any_lora(tmp_path / "cut.safetensors")
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    wide = lora.extract(adapted("all"))
+    with pytest.raises(UserError, match="another model"):
+        lora.apply(toy_dit(ffn_dim=SMALL.ffn_dim + 8), [(wide, 1.0)])
+    with pytest.raises(UserError, match="k_img"):
+        lora.apply(toy_dit(image_dim=None, in_channels=16), [(wide, 1.0)])
+    with pytest.raises(UserError, match="blocks"):
+        lora.apply(toy_dit(num_layers=SMALL.num_layers + 1), [(wide, 1.0)])
+
+
+def test_ranks_that_differ_between_blocks_are_padded(tmp_path):
+    rng = np.random.default_rng(0)
+    normal = lambda *s: rng.normal(size=s).astype(np.float32)  # noqa: E731
+    tensors, d = {}, SMALL.dim
+    for block, rank in ((0, 2), (2, 3)):
+        layer = f"diffusion_model.blocks.{block}.self_attn.q"
+        tensors[f"{layer}.lora_A.weight"] = normal(rank, d)
+        tensors[f"{layer}.lora_B.weight"] = normal(d, rank)
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    read = read_comfyui(tmp_path / "x.safetensors").layers["self_attn.q"]
+    assert read.alpha == read.rank == 3
+    for block in (0, 2):
+        layer = f"diffusion_model.blocks.{block}.self_attn.q"
+        full = tensors[f"{layer}.lora_B.weight"] @ tensors[f"{layer}.lora_A.weight"]
+        np.testing.assert_allclose((read.down[block] @ read.up[block]).T, full, atol=1e-5)
+    assert not read.down[1].any()

@@ -1,0 +1,81 @@
+"""The import direction of the design, and what `import wanjax` may cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Each row imports only rows before it.
+ROWS = [
+    ["types", "errors", "progress"],
+    ["sharding", "rope", "outputs"],
+    ["attention", "tensor_files"],
+    ["nn"],
+    ["models"],
+    ["lora", "flow", "solvers", "text"],
+    ["conditioning", "weights", "checkpoint", "metrics", "data"],
+    ["pipeline", "training"],
+]
+RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
+
+
+def imports(path: Path) -> list[str]:
+    """Every module that a file imports, as dotted names."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def part(dotted: str) -> str | None:
+    """`models` for wanjax.models.dit; None for what is not ours, or for the package itself."""
+    pieces = dotted.split(".")
+    return pieces[1] if pieces[0] == "wanjax" and len(pieces) > 1 else None
+
+
+@pytest.mark.parametrize("path", sources("wanjax"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_import_direction(path):
+    own = path.relative_to(ROOT / "wanjax").parts[0].removesuffix(".py")
+    if own == "__init__":
+        return  # the package's table of contents may name anything
+    assert own in RANK, f"{own} has no row in the import order"
+    for name in imports(path):
+        assert not name.startswith(("convert", "configs")), f"wanjax may not import {name}"
+        other = part(name)
+        if other is not None and other != own:
+            assert RANK[other] < RANK[own], f"{own} may not import {other}"
+
+
+def test_networks_never_import_each_other():
+    networks = {"dit", "vae", "umt5", "clip"}
+    for path in sources("wanjax/models"):
+        if path.stem in networks:
+            for name in imports(path):
+                assert not name.startswith("wanjax.models"), f"{path.name} imports {name}"
+
+
+def test_torch_stays_in_the_tests():
+    scripts = sorted(ROOT.glob("*.py"))
+    for path in [*sources("wanjax"), *sources("convert"), *sources("configs"), *scripts]:
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert not roots & {"torch", "diffusers", "transformers", "peft"}, path
+
+
+def test_orbax_has_one_door():
+    users = [p.name for p in sources("wanjax") if any("orbax" in n for n in imports(p))]
+    assert users == ["checkpoint.py"]
+
+
+def test_importing_wanjax_is_instant():
+    code = "import sys, wanjax; sys.exit('jax' in sys.modules or 'flax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,182 @@
+"""The training step and its loop in one process: what it differentiates, and exact resumption."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.toy import randomised_adapters, toy_batch, toy_dit
+from wanjax import lora
+from wanjax.checkpoint import Checkpoints, check_resumable
+from wanjax.errors import UserError
+from wanjax.flow import flow_loss, losses_at, sample_times
+from wanjax.training import FREE_TO_CHANGE, TrainConfig, Trainer, place_batch, train_step
+
+CONFIG = TrainConfig(rank=3, alpha=6, targets="all", learning_rate=1e-2, warmup=3, dtype="float32")
+
+
+def leaves(trainer: Trainer) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(trainer.state)]
+
+
+def assert_same_bits(a: Trainer, b: Trainer) -> None:
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_four_steps_equal_two_and_resume_and_two(tmp_path):
+    straight, first = Trainer(toy_dit(), CONFIG), Trainer(toy_dit(), CONFIG)
+    for i in range(4):
+        straight.train(toy_batch(seed=i))
+    for i in range(2):
+        first.train(toy_batch(seed=i))
+    first.save(Checkpoints(tmp_path), {"position": 2})
+
+    resumed = Trainer(toy_dit(), CONFIG)
+    loader = resumed.restore(Checkpoints(tmp_path), 2)
+    assert loader == {"position": 2} and resumed.step == 2
+    assert_same_bits(resumed, first)
+    for i in range(2, 4):
+        resumed.train(toy_batch(seed=i))
+    assert_same_bits(resumed, straight)
+
+
+def test_the_loss_falls_and_the_base_keeps_every_bit():
+    trainer = Trainer(toy_dit(), CONFIG)
+    before = [np.array(x) for x in jax.tree.leaves(trainer.frozen)]
+    losses = [trainer.train(toy_batch())["loss"] for _ in range(40)]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    for x, y in zip(before, jax.tree.leaves(trainer.frozen), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_full_training_moves_every_parameter():
+    trainer = Trainer(toy_dit(), replace(CONFIG, train="full", learning_rate=1e-3))
+    before = [np.array(x) for x in jax.tree.leaves(trainer.state.params)]
+    assert not jax.tree.leaves(trainer.frozen)
+    for i in range(2):
+        trainer.train(toy_batch(seed=i))
+    moved = [
+        not np.array_equal(a, b) for a, b in zip(before, jax.tree.leaves(trainer.state.params))
+    ]
+    assert all(moved)
+
+
+def compiled_step(train: str) -> str:
+    """The compiled program of one step at a width that no other size in it shares."""
+    config = replace(CONFIG, train=train)
+    model = toy_dit(dim=72, ffn_dim=104, num_heads=4)
+    trainer = Trainer(model, config)
+    lowered = train_step.lower(
+        trainer.state,
+        trainer.frozen,
+        toy_batch(batch=1),
+        jax.random.key(0),
+        np.float32(3),
+        graph=trainer.graph,
+        optimizer=trainer.optimizer,
+        law="uniform",
+    )
+    return lowered.compile().as_text()
+
+
+def weight_gradients(program: str) -> list[str]:
+    """Matrix products whose result has the shape of a block's kernel (72x72, 72x104, 104x72)."""
+    pattern = r"f32\[(?:1,)?(?:72,72|72,104|104,72)\](?:\{[^}]*\})? dot\("
+    return [line for line in program.splitlines() if re.search(pattern, line)]
+
+
+def test_no_gradient_is_computed_for_a_frozen_kernel():
+    """LoRA's program has no D x D product; full training's, the control, has many."""
+    assert len(weight_gradients(compiled_step("full"))) >= 10
+    assert weight_gradients(compiled_step("lora")) == []
+
+
+def test_adapters_stay_fp32_on_a_bf16_base():
+    trainer = Trainer(toy_dit(dtype=jnp.bfloat16), replace(CONFIG, dtype="bfloat16"))
+    trainer.train(toy_batch())
+    assert {x.dtype.name for x in jax.tree.leaves(trainer.state.params)} == {"float32"}
+    moments = [x for x in jax.tree.leaves(trainer.state.optimizer) if x.ndim]
+    assert {x.dtype.name for x in moments} == {"float32"}
+
+
+def test_the_loss_is_the_formula():
+    model, batch = toy_dit(), toy_batch(batch=1)
+    noise = np.random.default_rng(5).normal(size=batch.latents.shape).astype(np.float32)
+    t = 0.3
+    noisy = (1 - t) * batch.latents + t * noise
+    c = batch.condition
+    velocity = np.asarray(model(noisy, jnp.asarray([300.0]), c.text, c.image, c.latents))
+    expected = np.mean((velocity - (noise - batch.latents)) ** 2)
+    got = losses_at(model, batch, jnp.asarray([t]), noise)
+    np.testing.assert_allclose(got, [expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize("law", ["uniform", "logit_normal"])
+def test_times_lie_inside_and_follow_the_shift(law):
+    key = jax.random.key(0)
+    plain = sample_times(key, 20_000, law=law, shift=1.0)
+    shifted = sample_times(key, 20_000, law=law, shift=5.0)
+    assert float(plain.min()) > 0 and float(shifted.max()) <= 1
+    np.testing.assert_allclose(shifted, 5 * plain / (1 + 4 * plain), rtol=1e-5)
+    assert abs(float(plain.mean()) - 0.5) < 0.01
+    with pytest.raises(UserError, match="uniform"):
+        sample_times(key, 1, law="unifrom", shift=1.0)
+
+
+def test_batch_of_one_is_the_mean_of_two():
+    """No weight is normalised over the batch: a batch's loss is the mean of its examples'."""
+    model, batch = toy_dit(), toy_batch(batch=2)
+    times, noise = jnp.asarray([0.2, 0.8]), jnp.ones(batch.latents.shape)
+    both = losses_at(model, batch, times, noise)
+    for i in range(2):
+        one = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
+        alone = losses_at(model, one, times[i : i + 1], noise[i : i + 1])
+        np.testing.assert_allclose(alone[0], both[i], rtol=1e-5)
+    assert np.isfinite(flow_loss(model, one, jax.random.key(0), law="uniform", shift=5.0))
+
+
+def test_validation_is_the_same_every_time_and_sees_the_adapters():
+    trainer = Trainer(toy_dit(), CONFIG)
+    batches = [toy_batch(batch=1, seed=i) for i in range(2)]
+    first = trainer.validate(iter(batches))
+    assert first == trainer.validate(iter(batches))
+    model = trainer.model()
+    randomised_adapters(model)
+    trainer.state = trainer.state._replace(params=lora.split(model)[1])
+    assert trainer.validate(iter(batches)) != first
+
+
+def test_resume_refuses_changed_settings_by_name(tmp_path):
+    saved = vars(CONFIG)
+    check_resumable(tmp_path, {**saved, "steps": 99, "log_every": 7}, saved, FREE_TO_CHANGE)
+    for name in sorted(saved.keys() - FREE_TO_CHANGE):
+        with pytest.raises(UserError, match=f"{name}="):
+            check_resumable(tmp_path, {**saved, name: "other"}, saved, FREE_TO_CHANGE)
+
+
+def test_batches_that_do_not_divide_are_refused():
+    from wanjax.sharding import make_mesh
+
+    with pytest.raises(UserError, match="needs 64 devices"):
+        make_mesh(data=64)
+    place_batch(toy_batch(), make_mesh())
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
+    trainer = Trainer(toy_dit(), CONFIG)
+    trainer.train(toy_batch())
+    trainer.save(Checkpoints(tmp_path), {})
+    for file in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
+        if file.is_file() and file.stat().st_size > 200:
+            file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="checkpoints/1"):
+        Trainer(toy_dit(), CONFIG).restore(Checkpoints(tmp_path), 1)
+
+
+def test_a_rank_of_zero_is_refused():
+    with pytest.raises(UserError, match="rank"):
+        Trainer(toy_dit(), replace(CONFIG, rank=0))

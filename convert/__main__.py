@@ -21,7 +21,7 @@ _EXAMPLES = """\
 examples:
   # the official checkpoint, as `hf download` left it, or diffusers' copy of it
   python -m convert pipeline Wan2.1-I2V-14B-720P checkpoints/i2v_14b_720p
-  # half the size on the disk, and no loss if the model is run in bfloat16 anyway
+  # half the size on the disk; norms and modulation are rounded to bfloat16 as well
   python -m convert pipeline Wan2.1-I2V-14B-720P checkpoints/i2v_14b_720p --dtype bfloat16
   # ComfyUI's files: one of them, or a folder of them
   python -m convert pipeline wan2.1_i2v_720p_14B_bf16.safetensors checkpoints/dit_only

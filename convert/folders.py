@@ -58,7 +58,7 @@ def write_pipeline_files(
         "_diffusers_version": "0.33.0",
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "tokenizer": ["transformers", _tokenizer_class(folder / "tokenizer/tokenizer_config.json")],
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
@@ -84,6 +84,12 @@ def write_pipeline_files(
         "timestep_spacing": "linspace",
     }
     write_json(folder / "scheduler/scheduler_config.json", scheduler)
+
+
+def _tokenizer_class(config: Path) -> str:
+    """The class that the tokenizer asks for, in its form that needs no sentencepiece."""
+    data = json.loads(config.read_text()) if config.is_file() else {}
+    return data.get("tokenizer_class", "T5Tokenizer").removesuffix("Fast") + "Fast"
 
 
 def _preprocessor(size: int) -> dict[str, object]:

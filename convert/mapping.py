@@ -3,6 +3,7 @@
 Nothing is read here but shapes and types; the plans are carried out by `convert.stream`.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from wanjax.models import Config
 from wanjax.weights import abstract_network, parameters
 
 
+@functools.cache  # tracing a network takes a second
 def leaf_shapes(network: str, config: Config) -> dict[str, tuple[int, ...]]:
     """The shapes of all our tensors."""
     return {k: v.shape for k, v in parameters(abstract_network(network, config, "float32")).items()}

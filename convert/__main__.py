@@ -17,6 +17,8 @@ from wanjax.tensor_files import DTYPES
 
 _DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}
 
+_OPTIONS = ("--dtype", "--only", "--format", "--from", "--help")
+
 _EXAMPLES = """\
 examples:
   # the official checkpoint, as `hf download` left it, or diffusers' copy of it
@@ -127,7 +129,11 @@ def _stop(*_: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; reports go to stdout, progress and errors to stderr."""
     signal.signal(signal.SIGTERM, _stop)
-    args = _parser().parse_args(arguments)
+    args, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        raise UserError(
+            f"'{unknown[0]}' is no argument of {args.command}{nearest(unknown[0], _OPTIONS)}"
+        )
     if args.command == "pipeline":
         dtype: np.dtype | None = _DTYPES.get(args.dtype)
         report = convert_pipeline(args.src, args.dst, dtype=dtype, only=args.only)

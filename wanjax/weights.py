@@ -83,7 +83,7 @@ def _read_json(folder: Path, path: Path) -> dict:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(
             f"{folder} is not a native wanjax checkpoint; "
-            f"convert it first: python -m convert pipeline {folder} NEW_FOLDER"
+            f"convert it first with `python -m convert pipeline {folder} NEW_FOLDER`."
         )
     return data
 

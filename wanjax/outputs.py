@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from wanjax.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -66,7 +68,7 @@ def require_space(path: Path, needed: int) -> None:
     # Some network file systems report a size of zero: nothing can be told from that.
     if disk.total and disk.free < needed:
         raise UserError(
-            f"{path} needs {needed / 1e9:,.2f} GB and its disk has {disk.free / 1e9:,.2f} GB free; "
+            f"{path} needs {decimal(needed)} and its disk has {decimal(disk.free)} free; "
             "make room, or choose a place on another disk."
         )
 

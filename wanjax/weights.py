@@ -8,6 +8,7 @@ than its memory never passes through it. `python -m convert pipeline` makes such
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -115,6 +116,23 @@ def abstract_network(network: str, config: Config, dtype: DTypeLike) -> nnx.Modu
     return nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
+def random_network(network: str, config: Config, *, dtype: DTypeLike, seed: int = 0) -> nnx.Module:
+    """The network with random weights of a usable scale: kernels normal with variance 1/fan-in,
+    scales one, biases zero. Drawn on the host, so that nothing is compiled."""
+    graph, state = nnx.split(abstract_network(network, config, dtype))
+    generator = np.random.default_rng(seed)
+    for path, variable in nnx.to_flat_state(state):
+        if path[-1] in ("scale", "bias"):
+            value = np.full(variable.shape, float(path[-1] == "scale"), np.float32)
+        else:
+            # Of a stacked kernel the last axes are one layer's; a convolution's fan-in is them all.
+            layer = variable.shape[1:] if path[0] == "blocks" else variable.shape
+            deviation = math.prod(layer[:-1]) ** -0.5
+            value = generator.standard_normal(variable.shape, np.float32) * np.float32(deviation)
+        variable.set_value(jnp.asarray(value, variable.dtype))
+    return nnx.merge(graph, state)
+
+
 def parameters(module: nnx.Module) -> dict[str, nnx.Variable]:
     """Every variable of a module by its native name, such as `blocks.self_attn.q.kernel`."""
     return {".".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(module))}
@@ -138,7 +156,7 @@ def load_network(
     path = Path(folder) / f"{network}.safetensors"
     tensors = read_safetensors(path).tensors
     graph, state = nnx.split(abstract_network(network, configs[network], dtype))
-    variables = state.flat_state()
+    variables = nnx.to_flat_state(state)
     _check(path, tensors, {".".join(map(str, p)): v.shape for p, v in variables})
     total = sum(t.nbytes for t in tensors.values())
     with progress_bar(f"Loading {network}", total, unit="bytes", hidden=total < 1 << 30) as bar:

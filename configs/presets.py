@@ -26,7 +26,7 @@ def _preset(summary: str, area: int, steps: int, shift: float, guidance: float =
 
 
 _HD, _SD = 720 * 1280, 480 * 832
-_NANO_AREA = 64 * 112
+_NANO_AREA = 64 * 114  # 64x112 for a 16:9 picture
 
 PRESETS: dict[str, Preset] = {
     "i2v_14b_720p": _preset("Wan2.1 I2V-14B at 720p", _HD, steps=40, shift=5.0),

@@ -53,3 +53,4 @@ def write_safetensors(
                 writer.write(tensor.name, piece.view(tensor.dtype), at)
                 at += piece.nbytes // tensor.dtype.itemsize
                 advance(piece.nbytes)
+                del piece  # or it would live on beside the next

@@ -204,6 +204,7 @@ def _add(archive: zipfile.ZipFile, name: str, chunks, advance: Advance = lambda 
         for chunk in chunks:
             member.write(chunk)
             advance(len(chunk))
+            del chunk  # or it would live on beside the next
 
 
 def _pickle(tensors: Sequence[Planned]) -> bytes:

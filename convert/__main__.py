@@ -104,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     lora.add_argument("out", type=Path, metavar="OUT", help="the safetensors file to write")
     lora.add_argument("--format", choices=("comfyui", "native"), required=True)
 
+    lora.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="type of a comfyui file (default: float32, which changes nothing)",
+    )
+
     look = command("inspect", "Say what a file or folder is: kind, sizes, types, what is amiss.")
     look.add_argument("path", type=Path, metavar="PATH")
     return parser
@@ -142,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif args.command == "lora":
         from convert.lora import convert_lora  # what needs an adapter needs all of JAX
 
-        report = convert_lora(args.src, args.out, args.format)
+        report = convert_lora(args.src, args.out, args.format, args.dtype)
     else:
         report = inspect(args.path)
     sys.stdout.write(report + "\n")

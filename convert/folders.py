@@ -32,10 +32,13 @@ def write_json(path: Path, data: object) -> None:
 def write_shards(folder: Path, stem: str, planned: Sequence[Planned], advance: Advance) -> None:
     """One file, or shards of at most `SHARD_BYTES` and the index that names them."""
     shards: list[list[Planned]] = [[]]
+    size = 0
     for tensor in planned:
-        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > SHARD_BYTES:
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
             shards.append([])
+            size = 0
         shards[-1].append(tensor)
+        size += tensor.nbytes
     if len(shards) == 1:
         write_safetensors(folder / f"{stem}.safetensors", planned, TORCH, advance)
         return

@@ -18,7 +18,15 @@ from rich.table import Table
 from convert.configs import model_type
 from convert.mapping import leaf_shapes, native_plan
 from convert.networks import TABLES, layers, recognise
-from convert.sources import Group, Source, kind_of, open_source, read_groups, read_json
+from convert.sources import (
+    Group,
+    Source,
+    find_groups,
+    kind_of,
+    open_source,
+    read_group,
+    read_json,
+)
 from convert.table import expand
 from wanjax.errors import UserError
 from wanjax.models import Config
@@ -27,7 +35,7 @@ from wanjax.tensor_files import read_safetensors
 from wanjax.weights import read_manifest
 
 _LISTED = 8  # names shown of many
-_KINDS = {"official": "official checkpoint folder", "diffusers": "diffusers folder"}
+_KINDS = {"official": "an official checkpoint folder", "diffusers": "a diffusers folder"}
 _DOWN = re.compile(r"^(.+?)\.(lora_A|lora_down)(\.default)?\.weight$")
 _OTHER_ADAPTERS = {"hada_w1_a": "LoHa", "lokr_w": "LoKr", "dora_scale": "DoRA"}
 Lines = list[tuple[str, str]]
@@ -42,11 +50,21 @@ def inspect(path: Path) -> str:
     kind = kind_of(path)
     if kind == "native":
         return _render(f"{path}: a native wanjax checkpoint", _native(path))
-    groups = read_groups(path)
-    if not groups:
+    places = find_groups(path)
+    if not places:
         raise UserError(f"{path} holds no safetensors or .pth file; give a file or another folder.")
-    title = _KINDS.get(kind, "folder of weights" if path.is_dir() else "file of weights")
-    return _render(f"{path}: {title}", [(str(group.path), _group(group)) for group in groups])
+    if not path.is_dir():
+        return _render(f"{path}: a file of weights", [("", _group(read_group(path)))])
+    blocks = [(str(place.relative_to(path)), _place(place)) for place in places]
+    return _render(f"{path}: {_KINDS.get(kind, 'a folder of weights')}", blocks)
+
+
+def _place(place: Path) -> Lines:
+    """One network's block; a file that cannot be read spoils only its own."""
+    try:
+        return _group(read_group(place))
+    except UserError as error:
+        return [("cannot be read", str(error))]
 
 
 def _render(title: str, blocks: Iterable[tuple[str, Lines]]) -> str:

@@ -22,6 +22,7 @@ from wanjax.weights import parse_config
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", ".sft", *TORCH_SUFFIXES)
+_INDEX = ".safetensors.index.json"
 # The parts of a diffusers folder, and our names for them.
 COMPONENTS = {
     "transformer": "dit",
@@ -233,33 +234,36 @@ def _own_configs(folder: Path, metadata: Mapping[str, str]) -> dict:
 
 
 def read_groups(path: Path, only: Collection[str] = ()) -> list[Group]:
-    """The files of a folder by network: shards that an index names together, others alone.
+    """The files of a folder by network, or the one file that `path` is."""
+    return [read_group(place) for place in find_groups(path, only)]
 
-    Official files whose names say that they are not in `only` are not opened. Folders inside are
+
+def find_groups(path: Path, only: Collection[str] = ()) -> list[Path]:
+    """What in a folder makes a network each: indices, for the shards they name, and lone files.
+
+    Official files whose names say that they are not in `only` are left out. Folders inside are
     looked through as well, to the depth that ComfyUI's have.
     """
     if not path.is_dir():
-        return [read_group(path)]
-    groups, taken = [], set()
+        return [path]
     files = [f for pattern in ("*", "*/*", "*/*/*") for f in sorted(path.glob(pattern))]
-    for index in files:
-        if index.name.endswith(".index.json"):
-            groups.append(_read_shards(index))
-            taken |= {
-                index.parent / name for name in read_json(index).get("weight_map", {}).values()
-            }
+    indices = [f for f in files if f.name.endswith(_INDEX)]
+    taken = {i.parent / name for i in indices for name in _weight_map(i).values()}
+    found = list(indices)
     for file in files:
         hint = next((n for k, n in _OFFICIAL_HINTS.items() if k in file.name.lower()), None)
         unwanted = only and hint is not None and hint not in only
         if file.suffix in SUFFIXES and file.is_file() and file not in taken and not unwanted:
-            groups.append(read_group(file))
-    return groups
+            found.append(file)
+    return found
 
 
 def read_group(path: Path) -> Group:
-    """The tensors of a file, or of a folder that holds one network."""
+    """The tensors of a file, of the shards of an index, or of a folder that holds one network."""
+    if path.name.endswith(_INDEX):
+        return _read_shards(path)
     if path.is_dir():
-        indices = sorted(path.glob("*.index.json"))
+        indices = sorted(path.glob(f"*{_INDEX}"))
         files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
         if len(indices) == 1:
             return _read_shards(indices[0])
@@ -279,9 +283,17 @@ def read_group(path: Path) -> Group:
     )
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of every tensor."""
+    data = read_json(index).get("weight_map")
+    if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
+        raise UserError(f"{index} has no weight_map, and is no index; fetch it again.")
+    return data
+
+
 def _read_shards(index: Path) -> Group:
     """The shards that an index names, and their tensors just as it says."""
-    weight_map = read_json(index).get("weight_map", {})
+    weight_map = _weight_map(index)
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(weight_map.values())):
         shard = index.parent / name

@@ -144,11 +144,11 @@ def diffusers_folder(folder: Path) -> Path:
 
 def all_tensors(path: Path) -> dict[tuple[str, str], np.ndarray]:
     """Every tensor under `path`, by network and name."""
-    return {
-        (recognise(group.tensors)[0], name): tensor
-        for group in read_groups(path)
-        for name, tensor in group.tensors.items()
-    }
+    found = {}
+    for group in read_groups(path):
+        network, _ = recognise(group.tensors)
+        found |= {(network, name): tensor for name, tensor in group.tensors.items()}
+    return found
 
 
 def assert_same_tensors(left: Path, right: Path) -> None:

@@ -14,6 +14,7 @@ ROWS = [
     ["sharding", "rope", "outputs"],
     ["attention", "tensor_files"],
     ["nn"],
+    ["causal"],
     ["models"],
     ["lora", "flow", "solvers", "text"],
     ["conditioning", "weights", "checkpoint", "metrics", "data"],

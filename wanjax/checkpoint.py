@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
 
 from wanjax.errors import UserError
 from wanjax.lora import STACK, LayerAdapter, LoRA
@@ -120,10 +119,10 @@ def _lora_of_run(run: Path) -> LoRA:
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     params = reader.restore(folder, restore_args=as_numpy)["params"]
     layers: dict[str, dict[str, np.ndarray]] = {}
-    for keys, value in nnx.to_flat_state(params):
-        # blocks, cross_attn, q, lora, down, value
-        role = ".".join(keys[1 : keys.index("lora")])
-        layers.setdefault(role, {})[keys[keys.index("lora") + 1]] = value
+    for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
+        keys = [str(part.key) for part in path]  # blocks, cross_attn, q, lora, down, value
+        at = keys.index("lora")
+        layers.setdefault(".".join(keys[1:at]), {})[keys[at + 1]] = value
     alpha = float(settings["alpha"])
     return LoRA(
         {role: LayerAdapter(w["down"], w["up"], alpha) for role, w in layers.items()},

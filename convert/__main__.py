@@ -1,7 +1,6 @@
 """`python -m convert`: checkpoints and adapters in, out, and looked at."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,14 +127,8 @@ def _examples(command: str) -> list[str]:
     return kept
 
 
-def _stop(*_: object) -> None:
-    """A termination unwinds as an error does, so that nothing half written stays."""
-    raise SystemExit(128 + signal.SIGTERM)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; reports go to stdout, progress and errors to stderr."""
-    signal.signal(signal.SIGTERM, _stop)
     args, unknown = _parser().parse_known_args(arguments)
     if unknown:
         raise UserError(

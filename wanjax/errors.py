@@ -1,7 +1,9 @@
 """Errors that a person is meant to read: one sentence with the fact and the remedy, exit code 2."""
 
 import difflib
+import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 
 
@@ -19,7 +21,14 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2.
+
+    Ctrl-C (130) and SIGTERM (143) unwind as an error does, so that nothing half written stays.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore", FutureWarning)
     try:
         main()
     except UserError as error:
@@ -28,3 +37,7 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)

@@ -30,6 +30,7 @@ from wanjax.models.dit import DiT, DiTConfig
 from wanjax.models.umt5 import UMT5
 from wanjax.models.vae import VAE
 from wanjax.progress import progress_bar
+from wanjax.prompt_cache import PromptCache
 from wanjax.solvers import Coefficients, State, initial_state, make_schedule, step
 from wanjax.text import (
     NEGATIVE_PROMPT,
@@ -37,8 +38,8 @@ from wanjax.text import (
     NEGATIVE_PROMPT_I2V,
     Tokenizer,
 )
-from wanjax.types import Condition, PathLike
-from wanjax.weights import abstract_network, load_network, read_config
+from wanjax.types import Condition, PathLike, Tokens
+from wanjax.weights import abstract_network, fingerprint, load_network, read_config
 
 DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ImageLike = PathLike | Image.Image | np.ndarray
@@ -208,15 +209,33 @@ class Pipeline:
         return Conditioned(*jax.device_get(tuple(conditions)), height, width, frames)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Float[np.ndarray, "B L C"]:
-        """umT5 features, zero after the end of each prompt; known prompts are not encoded again."""
+        """umT5 features, zero after the end of each prompt. Known prompts, of this run or of an
+        earlier one, are not encoded again."""
         new = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
         if new:
-            length = self.configs[self._require("dit")].text_len
-            tokens = Tokenizer(self.folder / "tokenizer", length)(new)
-            with self._on_mesh():
-                features = encode_text(self.text_encoder, tokens)
-            self._prompts |= dict(zip(new, features))
+            tokens = self._tokenize(new)
+            encoder = fingerprint(self.folder, self._require("text_encoder"))
+            cache = PromptCache(encoder, jnp.dtype(self.dtype).name)
+            for prompt, ids, mask in zip(new, tokens.ids, tokens.mask):
+                features = cache.get(ids)
+                if features is None:
+                    with self._on_mesh():
+                        features = encode_text(self.text_encoder, Tokens(ids[None], mask[None]))[0]
+                    cache.put(ids, features)
+                self._prompts[prompt] = features
         return np.stack([self._prompts[p] for p in prompts])
+
+    def _tokenize(self, prompts: Sequence[str]) -> Tokens:
+        tokenizer = Tokenizer(
+            self.folder / "tokenizer", self.configs[self._require("dit")].text_len
+        )
+        rows = self.configs[self._require("text_encoder")].vocab_size
+        if tokenizer.vocab_size > rows:
+            raise UserError(
+                f"The tokenizer in {self.folder} has {tokenizer.vocab_size} entries and the text "
+                f"encoder knows {rows}; use the tokenizer that came with the checkpoint."
+            )
+        return tokenizer(prompts)
 
     def generate(
         self,

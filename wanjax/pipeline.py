@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 from PIL import Image
@@ -31,6 +31,7 @@ from wanjax.models.umt5 import UMT5
 from wanjax.models.vae import VAE
 from wanjax.progress import progress_bar
 from wanjax.prompt_cache import PromptCache
+from wanjax.sharding import constrain_state
 from wanjax.solvers import Coefficients, State, initial_state, make_schedule, step
 from wanjax.text import (
     NEGATIVE_PROMPT,
@@ -251,8 +252,14 @@ class Pipeline:
     ) -> Float[np.ndarray, "T H W 3"]:
         """Denoise and decode; the arguments are those of `sample`."""
         schedule = make_schedule(solver, steps, shift, sigmas)
-        state = initial_state(self._noise(conditioned, noise, seed))
-        conditions = jax.device_put((conditioned.positive, conditioned.negative))
+        # Committed to their places, as a step's results are: else the second step compiles again.
+        state, conditions = jax.device_put(
+            (
+                initial_state(self._noise(conditioned, noise, seed)),
+                (conditioned.positive, conditioned.negative),
+            ),
+            self._everywhere(),
+        )
         with self._on_mesh(), progress_bar("Denoising", len(schedule)) as bar:
             for i, timestep in enumerate(schedule.timesteps):
                 state = denoise_step(
@@ -296,6 +303,12 @@ class Pipeline:
     def _on_mesh(self):
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
+    def _everywhere(self) -> jax.sharding.Sharding:
+        """Where what is not a weight lies: whole on every device of the mesh, or on the one."""
+        if self.mesh is None:
+            return SingleDeviceSharding(jax.local_devices()[0])
+        return NamedSharding(self.mesh, PartitionSpec())
+
     def _require(self, name: str) -> str:
         if name not in self.configs:
             raise MissingNetworkError(
@@ -337,7 +350,7 @@ def denoise_step(
     if guided:
         towards, away = velocity[:1], velocity[1:]
         velocity = away + guidance * (towards - away)
-    return step(state, velocity, coefficients)
+    return constrain_state(step(state, velocity, coefficients))
 
 
 def parse_dtype(dtype: str | DTypeLike) -> DTypeLike:

@@ -7,6 +7,7 @@ Stacked layers need nothing: names align with the *trailing* dimensions.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,14 +45,18 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Partit
     """Mesh axes for `shape`, whose trailing dimensions carry the names in `axes`.
 
     A dimension that its mesh axes do not divide stays whole: a weight of odd width is replicated
-    rather than refused, since that changes memory and never the result.
+    rather than refused, since that changes memory and never the result. Mesh axes of size 1 and
+    trailing Nones are left out, as XLA leaves them out of what it returns: so that an array which
+    went through a program still has a spec equal to its first.
     """
     names = (None,) * (len(shape) - len(axes)) + tuple(axes)
-    entries = []
+    entries: list[str | tuple[str, ...] | None] = []
     for name, size in zip(names, shape, strict=True):
-        where = RULES[name] if name else ()
+        where = tuple(a for a in RULES[name] if mesh.shape[a] > 1) if name else ()
         divides = where and size % math.prod(mesh.shape[a] for a in where) == 0
-        entries.append(where if divides else None)
+        entries.append(None if not divides else where if len(where) > 1 else where[0])
+    while entries and entries[-1] is None:
+        entries.pop()
     return PartitionSpec(*entries)
 
 
@@ -71,3 +76,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def constrain_state(tree: Any) -> Any:
+    """Constrain every variable in `tree` by the axes that it names, and other arrays to be whole on
+    each device: where a state goes into a compiled step and comes out of it, it must stay where it
+    was, or the next step is another program."""
+
+    def hold(leaf: nnx.Variable | jax.Array) -> nnx.Variable | jax.Array:
+        if not isinstance(leaf, nnx.Variable):
+            return constrain(leaf, *[None] * leaf.ndim)
+        axes = leaf.get_metadata().get("axes") or ()
+        return leaf.replace(constrain(leaf[...], *axes))
+
+    return jax.tree.map(hold, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

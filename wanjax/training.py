@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from wanjax import lora
@@ -26,7 +26,7 @@ from wanjax.checkpoint import Checkpoints
 from wanjax.errors import UserError
 from wanjax.flow import flow_loss, losses_at
 from wanjax.models.dit import DiT
-from wanjax.sharding import shardings, spec
+from wanjax.sharding import constrain_state, shardings, spec
 from wanjax.types import Batch
 
 
@@ -107,15 +107,18 @@ def prepare_model(model: DiT, config: TrainConfig) -> tuple[nnx.GraphDef, nnx.St
 def initial_train_state(
     trained: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh | None
 ) -> TrainState:
-    """Step 0; moments lie where their parameters lie."""
+    """Step 0; moments lie where their parameters lie.
+
+    Every array is committed to its place, as a step's results are: else step 2 compiles again.
+    """
     if mesh is not None:
         trained = jax.device_put(trained, shardings(trained, mesh))
+        rest = NamedSharding(mesh, PartitionSpec())
+    else:
+        rest = SingleDeviceSharding(jax.local_devices()[0])
+        trained = jax.device_put(trained, rest)
     state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
-    if mesh is None:
-        return state
-    replicated = NamedSharding(mesh, jax.sharding.PartitionSpec())
-    on_mesh = lambda x: isinstance(x.sharding, NamedSharding)  # noqa: E731
-    return jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, replicated), state)
+    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, rest), state)
 
 
 @partial(jax.jit, static_argnames=("graph", "optimizer", "law"), donate_argnames="state")
@@ -140,7 +143,7 @@ def train_step(
     updates, moments = optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
-    return TrainState(state.step + 1, params, moments), metrics
+    return constrain_state(TrainState(state.step + 1, params, moments)), metrics
 
 
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -13,7 +13,7 @@ from convert.table import from_native
 from convert.vae import rows
 from wanjax.causal import _convolve, _convolve_frames
 from wanjax.errors import UserError
-from wanjax.models.vae import VAE, VAEConfig
+from wanjax.models.vae import VAE, VAEConfig, _check_video
 
 TINY = VAEConfig(
     base_dim=8,
@@ -210,8 +210,8 @@ def test_bf16_stays_near_fp32(vae):
 @pytest.mark.parametrize("size,stride", [((3, 3, 3), 1), ((3, 1, 1), 1), ((3, 1, 1), 2)])
 def test_both_formulations_of_the_convolution_agree(size, stride):
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 7, 6, 10, 5)).astype(np.float32)
-    kernel = rng.standard_normal((*size, 5, 8)).astype(np.float32)
+    x = jnp.asarray(rng.standard_normal((2, 7, 6, 10, 5)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((*size, 5, 8)), jnp.float32)
     a, b = _convolve(stride, x, kernel), _convolve_frames(stride, x, kernel)
     assert a.shape == (2, 5 if stride == 1 else 3, 6, 10, 8)
     np.testing.assert_allclose(a, b, atol=1e-4)
@@ -243,12 +243,25 @@ def test_memory_is_that_of_a_chunk():
     assert long - short < 1.5 * (large - small)
 
 
-@pytest.mark.parametrize("bad,words", [
-    (np.zeros((1, 8, 16, 16, 3), np.float32), "8 frames .* 4n"),
-    (np.zeros((1, 0, 16, 16, 3), np.float32), "0 frames"),
-    (np.zeros((1, 5, 16, 18, 3), np.float32), "16x18 .* multiples of 4"),
-    (np.zeros((1, 5, 18, 16, 3), np.float32), "18x16"),
-])  # fmt: skip
-def test_videos_that_do_not_fit_are_refused(vae, bad, words):
+@pytest.mark.parametrize(
+    "size,words",
+    [
+        ((8, 16, 16), "8 frames .* 4n.1 .* 5"),
+        ((0, 16, 16), "0 frames"),
+        ((5, 16, 18), "16x18 .* multiples of 4"),
+        ((5, 18, 16), "18x16"),
+    ],
+)
+def test_videos_that_do_not_fit_are_refused(vae, size, words):
     with pytest.raises(UserError, match=words):
-        vae.encode(bad)
+        vae.encode(np.zeros((1, *size, 3), np.float32))
+    with pytest.raises(UserError, match=words):
+        jax.eval_shape(vae.encode, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
+
+
+def test_what_is_no_video_and_no_latents_is_refused(vae):
+    for bad in (np.zeros((5, 16, 16, 3), np.float32), np.zeros((1, 5, 16, 16, 3), np.uint8)):
+        with pytest.raises(UserError, match="floats in .* of shape"):
+            _check_video(bad, (4, 8, 8))
+    with pytest.raises(UserError, match="width, 4"):
+        vae.decode(np.zeros((1, 2, 3, 4, 5), np.float32))

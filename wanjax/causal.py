@@ -62,8 +62,8 @@ def convolve(
 ) -> Float[Array, "B T2 H W C2"]:
     """3-D convolution: "valid" over time with `stride`, "same" over height and width.
 
-    XLA's 3-D convolution is the right one on accelerators. On CPU its 2-D one is much the faster
-    (benchmarks of the whole VAE: 1.6 times), so there each frame is a sum over the taps in time.
+    On accelerators this is XLA's 3-D convolution. On CPU its 2-D one is much the faster (the whole
+    VAE: 1.7 times), so there a frame is the sum of its taps in time, one 2-D convolution each.
     """
     return jax.lax.platform_dependent(
         x, kernel, cpu=partial(_convolve_frames, stride), default=partial(_convolve, stride)

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
@@ -19,6 +20,8 @@ from wanjax.attention import attention
 from wanjax.causal import CausalConv, Memory, stream
 from wanjax.errors import UserError
 from wanjax.nn import Linear, conv, xavier_uniform
+
+AnyArray = Array | np.ndarray
 
 MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
 MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
@@ -248,22 +251,22 @@ class VAE(nnx.Module):
         self.post_quant = pointwise(config.z_dim, config.z_dim, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
 
-    def encode(self, video: Float[Array, "B T H W 3"]) -> Float[Array, "B t h w C"]:
+    def encode(self, video: Float[AnyArray, "B T H W 3"]) -> Float[Array, "B t h w C"]:
         """Normalised latents (the mean, nothing is drawn), fp32, of a video in [-1, 1].
 
         A video without 4n+1 frames, or whose sides are not multiples of 8, is a `UserError`.
         """
         _check_video(video, self.config.stride)
-        return self._encode(video)
+        return self._encode(jnp.asarray(video))
 
-    def decode(self, latents: Float[Array, "B t h w C"]) -> Float[Array, "B T H W 3"]:
+    def decode(self, latents: Float[AnyArray, "B t h w C"]) -> Float[Array, "B T H W 3"]:
         """The video, fp32 and clamped to [-1, 1], of normalised latents: 4(t-1)+1 frames."""
         if latents.ndim != 5 or latents.shape[-1] != self.config.z_dim or 0 in latents.shape:
             raise UserError(
                 f"Latents of shape {latents.shape} cannot be decoded; "
                 f"give them as (batch, frames, height, width, {self.config.z_dim})."
             )
-        return self._decode(latents)
+        return self._decode(jnp.asarray(latents))
 
     @jax.jit
     def _encode(self, video):
@@ -282,7 +285,7 @@ class VAE(nnx.Module):
         return jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
 
 
-def _check_video(video: Array, stride: tuple[int, int, int]) -> None:
+def _check_video(video: AnyArray, stride: tuple[int, int, int]) -> None:
     if video.ndim != 5 or video.shape[-1] != 3 or not jnp.issubdtype(video.dtype, jnp.floating):
         raise UserError(
             f"A video of shape {video.shape} and type {video.dtype} cannot be encoded; "

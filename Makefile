@@ -43,7 +43,7 @@ run-newest:
 $(NEWEST)/.ready: pyproject.toml
 	$(PYTHON_NEWEST) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
-		-e . pytest beartype hypothesis jax flax
+		-e . pytest jax flax
 	touch $@
 
 lint: $(VENV)/.test

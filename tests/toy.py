@@ -10,6 +10,7 @@ from flax import nnx
 from wanjax.lora import LoRAParam
 from wanjax.models.dit import DiT, DiTConfig
 from wanjax.types import Batch, Condition
+from wanjax.weights import random_network
 
 SMALL = DiTConfig(
     dim=48,
@@ -25,7 +26,7 @@ SMALL = DiTConfig(
 
 def toy_dit(seed: int = 0, dtype=jnp.float32, **changes) -> DiT:
     """A small DiT with random weights, the same for the same seed."""
-    return DiT(replace(SMALL, **changes), dtype=dtype, rngs=nnx.Rngs(seed))
+    return random_network("dit", replace(SMALL, **changes), dtype=dtype, seed=seed)
 
 
 def dit_inputs(batch: int = 2, seed: int = 1, grid=(3, 4, 6)):

@@ -8,9 +8,10 @@ from flax import nnx
 
 from convert.dit import rows
 from convert.table import expand, from_native, to_native
-from tests.parity.reference import from_torch, load_state, randomise, relative_error
+from tests.parity.reference import from_torch, leaves_of, load_state, randomise, relative_error
 from wanjax.models.dit import Block, DiT, DiTConfig
 from wanjax.rope import axis_sizes, rotary_table
+from wanjax.weights import random_network
 
 torch = pytest.importorskip("torch", reason="parity tests compare with PyTorch")
 from diffusers import WanTransformer3DModel  # noqa: E402
@@ -77,7 +78,7 @@ def run_reference(model, latents, timestep, text, image, condition, dtype=None):
 
 
 def ours(c: DiTConfig, reference, dtype=jnp.float32) -> DiT:
-    model = DiT(c, dtype=dtype, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: DiT(c, dtype=dtype, rngs=nnx.Rngs(0)))
     return from_torch(model, rows(c), "diffusers", c.num_layers, reference)
 
 
@@ -158,19 +159,14 @@ def test_bf16_is_as_exact_as_diffusers():
     theirs = run_reference(reference, *given, dtype=torch.bfloat16)
 
     fp32 = ours(c, reference_model(c))
-    model = DiT(c, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    leaves = {
-        ".".join(map(str, path)): np.asarray(v[...])
-        for path, v in nnx.state(fp32, nnx.Param).flat_state()
-    }
-    got = load_state(model, leaves)(*given)
+    model = nnx.eval_shape(lambda: DiT(c, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    got = load_state(model, leaves_of(fp32))(*given)
     error, their_error = relative_error(got, exact), relative_error(theirs, reference_exact)
     assert 1e-4 < error <= 1.2 * their_error, (error, their_error)
 
 
 def test_timestep_937_stays_937():
-    model = DiT(SMALL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    embed = model.time_embed
+    embed = random_network("dit", SMALL, dtype=jnp.bfloat16).time_embed
     at = lambda t: np.asarray(embed(jnp.asarray([t])))  # noqa: E731
     assert relative_error(at(936.0), at(937.0)) > 1e-3
     waves = np.concatenate(
@@ -213,7 +209,7 @@ COUNTS = {
 def test_full_size_counts_in_official_names(name):
     c, tensors, parameters = COUNTS[name]
     model = nnx.eval_shape(lambda: DiT(c, rngs=nnx.Rngs(0)))
-    leaves = {".".join(map(str, p)): v for p, v in nnx.state(model, nnx.Param).flat_state()}
+    leaves = {".".join(map(str, p)): v for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     entries = expand(rows(c), "official", c.num_layers)
     assert leaves.keys() == {e.ours for e in entries}
     assert len({e.theirs for e in entries}) == tensors

@@ -1,8 +1,12 @@
 """The command line over the presets: `SCRIPT PRESET --option value ...`."""
 
+import contextlib
+import dataclasses
+import io
+import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import tyro
 from jax.sharding import Mesh
@@ -12,21 +16,78 @@ from wanjax.errors import UserError, nearest
 from wanjax.sharding import make_mesh
 
 Job = TypeVar("Job")
+_INVALID = re.compile(r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*?)\)")
 
 
 def command_line(
     job_of: Callable[[Preset], Job], description: str, arguments: Sequence[str] | None = None
 ) -> tuple[str, Job]:
-    """The chosen preset's name and the job, with the options of the command line put in."""
+    """The chosen preset's name and the job, with the options of the command line put in.
+
+    Raises `UserError`, a sentence with the nearest name, for what cannot be understood.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # A mistyped preset deserves its nearest name, not the usage of a nested command line.
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in PRESETS:
-        raise UserError(f"There is no preset '{arguments[0]}'{nearest(arguments[0], PRESETS)}")
-    choices = {name: (preset.summary, job_of(preset)) for name, preset in PRESETS.items()}
-    job = tyro.extras.overridable_config_cli(
-        choices, description=description, args=arguments, config=(tyro.conf.FlagConversionOff,)
-    )
-    return arguments[0], job
+    if arguments[:1] in (["-h"], ["--help"]):
+        choices = {name: (preset.summary, job_of(preset)) for name, preset in PRESETS.items()}
+        tyro.extras.overridable_config_cli(choices, description=description, args=arguments)
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"Give the preset first, before all options{nearest('', PRESETS)}")
+    name, *options = arguments
+    if name not in PRESETS:
+        raise UserError(f"There is no preset '{name}'{nearest(name, PRESETS)}")
+    job = job_of(PRESETS[name])
+    if not {"-h", "--help"} & set(options):
+        _check_names(options, dict(_options(job)))
+    return name, _parse(job, options, description)
+
+
+def _options(job: Any) -> Iterator[tuple[str, Any]]:
+    """Every option with its default; those of a dataclass in a field stand beside the others."""
+    for field in dataclasses.fields(job):
+        value = getattr(job, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _options(value)
+        else:
+            yield "--" + field.name.replace("_", "-"), value
+
+
+def _check_names(words: Sequence[str], options: Mapping[str, Any]) -> None:
+    given = [word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    for option in given:
+        if option not in options:
+            raise UserError(f"There is no option '{option}'{nearest(option, options)}")
+    for option, default in options.items():
+        if default is tyro.MISSING and option not in given:
+            raise UserError(f"The option {option} is missing, and has no default; see --help.")
+
+
+def _parse(job: Job, options: Sequence[str], description: str) -> Job:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                type(job),
+                default=job,
+                description=description,
+                args=options,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise UserError(_sentence(said.getvalue())) from None
+
+
+def _sentence(box: str) -> str:
+    """What stands in the first part of the box that tyro draws around an error."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    ends = [i for i, line in enumerate(lines) if "──" in line]
+    text = " ".join(lines[: ends[0] if ends else None])
+    if found := _INVALID.search(text):
+        value, option, choices = found.groups()
+        names = re.findall("'(.*?)'", choices)
+        return f"'{value}' is no {option}{nearest(value, names)}"
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}; see --help."
 
 
 def parse_mesh(text: str | None) -> Mesh | None:

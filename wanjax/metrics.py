@@ -1,33 +1,63 @@
-"""A run's metrics: one JSON object a line in `metrics.jsonl`, and TensorBoard's event files."""
+"""A run's metrics: one JSON object a line in `metrics.jsonl`, and TensorBoard's event files.
+
+Both are written at once, in the training loop's own thread: TensorBoard's usual writer has a thread
+behind a queue, which on a full disk dies and leaves the loop waiting for room in the queue.
+"""
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from wanjax.errors import UserError
 from wanjax.outputs import whole_file
+
+FLUSH_SECONDS = 10  # between what TensorBoard can see; lines of metrics.jsonl appear at once
 
 
 class MetricsLog:
     """Appends to both. Lines after `step`, which a killed run may have left, are taken away, so
-    that a resumed run's log reads like one that never stopped."""
+    that a resumed run's log reads like one that never stopped.
+
+    Raises `UserError` where the disk takes no more.
+    """
 
     def __init__(self, run: Path, step: int):
-        from tensorboardX import SummaryWriter  # slow to import, and needed only while training
+        from tensorboardX.event_file_writer import EventsWriter  # slow to import
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self.path = run / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
-            with whole_file(self.path, replace=True) as partial:
-                partial.write_text("".join(line + "\n" for line in kept))
-        self._file = self.path.open("a", buffering=1)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        with self._explained():
+            if self.path.exists():
+                kept = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
+                with whole_file(self.path, replace=True) as partial:
+                    partial.write_text("".join(line + "\n" for line in kept))
+            self._file = self.path.open("a", buffering=1)
+            (run / "tensorboard").mkdir(exist_ok=True)
+            self._board = EventsWriter(str(run / "tensorboard" / "events"))
+            # What a killed run logged after `step` is not to be shown.
+            start = SessionLog(status=SessionLog.START)
+            now = time.time()
+            self._board.write_event(Event(wall_time=now, step=step + 1, session_log=start))
+        self._flushed = 0.0
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One line, and one point of every curve."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         rounded = {name: float(f"{value:.7g}") for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **rounded}) + "\n")
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        now = time.time()
+        with self._explained():
+            self._file.write(json.dumps({"step": step, **rounded}) + "\n")
+            for name, value in metrics.items():
+                event = Event(wall_time=now, step=step, summary=scalar(name, value))
+                self._board.write_event(event)
+            if now - self._flushed > FLUSH_SECONDS:
+                self._board.flush()
+                self._flushed = now
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -38,8 +68,25 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self._board.close()
+        try:
+            self._file.close()
+            self._board.close()
+        except OSError as full:
+            if kind is None:
+                raise self._full(full) from full
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._full(error) from error
+
+    def _full(self, error: OSError) -> UserError:
+        return UserError(
+            f"The metrics in {self.path.parent} could not be written ({error.strerror}); "
+            "make room and run the same command again."
+        )
 
 
 def _step(line: str) -> float:

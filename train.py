@@ -8,6 +8,7 @@ is refused. Watch it with `tensorboard --logdir RUN`, or read RUN/metrics.jsonl.
 import hashlib
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -20,18 +21,21 @@ from wanjax.data.features import Features
 from wanjax.data.loader import make_loader
 from wanjax.errors import UserError, run_script
 from wanjax.metrics import MetricsLog
-from wanjax.outputs import whole_file
+from wanjax.outputs import require_writable, whole_file
 from wanjax.pipeline import parse_dtype
 from wanjax.progress import progress_bar
-from wanjax.training import FREE_TO_CHANGE, Trainer, stop_signals
+from wanjax.training import FREE_TO_CHANGE, Trainer, check_config, stop_signals
 from wanjax.types import Batch
 from wanjax.weights import fingerprint, load_network, read_config, replace_network
 
 
 def main() -> None:
     preset, job = command_line(lambda preset: preset.train, __doc__)
+    check_config(job.settings)
     features = Features.open(job.features)
     check_belongs(features, job)
+    if job.settings.validate_every:
+        features.source("validation")  # or a sentence, now and not at the first validation
     settings = describe(preset, job, features)
     check_run(job.run, settings)
 
@@ -49,12 +53,15 @@ def main() -> None:
     checkpoints = Checkpoints(job.run, keep=job.settings.keep)
     if checkpoints.latest is not None:
         loader.set_state(trainer.restore(checkpoints, checkpoints.latest))
+    model = job.run / "model"
+    if trainer.step < job.settings.steps:
+        shutil.rmtree(model, ignore_errors=True)  # of the same run when it had fewer steps
     stopped_by = train(trainer, loader, features, checkpoints, job)
     if stopped_by is not None:
         sys.stderr.write(f"stopped at step {trainer.step}; the same command goes on from there\n")
         sys.exit(128 + stopped_by)
-    if job.settings.train == "full" and not (job.run / "model").exists():
-        replace_network(job.checkpoint, job.run / "model", "dit", trainer.model())
+    if job.settings.train == "full" and not model.exists():
+        replace_network(job.checkpoint, model, "dit", trainer.model())
 
 
 def check_belongs(features: Features, job: TrainJob) -> None:
@@ -107,6 +114,7 @@ def check_run(run: Path, settings: dict) -> None:
         check_resumable(run, settings, read_run(run), FREE_TO_CHANGE)
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run} exists and is not a run of train.py; choose another --run.")
+    require_writable(run / RUN_FILE)
 
 
 def write_settings(run: Path, settings: dict) -> None:

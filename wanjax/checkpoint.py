@@ -27,7 +27,11 @@ ADAPTER_FORMAT = "wanjax-lora"
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last; each appears only when it is whole."""
+    """The checkpoints of one run, newest last; each appears only when it is whole.
+
+    Opening them removes what a killed process left half written: only the run itself may do that,
+    who else reads it uses `latest_step`.
+    """
 
     def __init__(self, run: Path, *, keep: int | None = None):
         logging.getLogger("absl").setLevel(logging.ERROR)
@@ -76,6 +80,11 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def latest_step(run: Path) -> int | None:
+    """The step of a run's newest whole checkpoint, though it may be training just now."""
+    return max((int(p.name) for p in run.glob("checkpoints/*") if p.name.isdigit()), default=None)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
@@ -110,7 +119,7 @@ def _lora_of_run(run: Path) -> LoRA:
     settings = read_run(run)
     if settings["train"] != "lora":
         raise UserError(f"{run} trained all weights and has no adapter; use its model/ folder.")
-    step = Checkpoints(run).latest
+    step = latest_step(run)
     if step is None:
         raise UserError(f"{run} has no checkpoint yet; let it train for longer.")
     folder = (run / "checkpoints" / str(step) / "state").absolute()

@@ -61,6 +61,17 @@ def refuse_existing(path: Path) -> None:
         raise UserError(f"{path} exists already; remove it, or choose another name.")
 
 
+def require_writable(path: Path) -> None:
+    """Refuse, before any work, a place where `path` could not be made."""
+    place = next(p for p in path.absolute().parents if p.exists())
+    if not place.is_dir():
+        raise UserError(f"{path} cannot be made, as {place} is a file; choose another place.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{path} cannot be made, as {place} may not be written to; choose another place."
+        )
+
+
 def require_space(path: Path, needed: int) -> None:
     """Refuse, before any work, what the disk that holds `path` has no room for (in bytes)."""
     place = next(p for p in (path, *path.absolute().parents) if p.exists())

@@ -5,6 +5,7 @@ number; all randomness is `fold_in(key, step)`. So a run that was killed and res
 never stopped, bit for bit.
 """
 
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -78,6 +79,21 @@ FREE_TO_CHANGE = frozenset({"steps", "mesh", "checkpoint_every", "keep", "log_ev
 }
 
 
+_LEAST = {"rank": 1, "steps": 1, "batch": 1, "warmup": 0, "seed": 0, "checkpoint_every": 1}
+_LEAST |= {"keep": 1, "log_every": 1, "validate_every": 0}
+_POSITIVE = ("alpha", "learning_rate", "clip_norm", "shift")
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse, before any work, numbers with which nothing could be trained."""
+    for name, least in _LEAST.items():
+        if (value := getattr(config, name)) < least:
+            raise UserError(f"{name}={value} is too small; use {least} or more.")
+    for name in _POSITIVE:
+        if not 0 < (value := getattr(config, name)) < math.inf:
+            raise UserError(f"{name}={value:g} is not a positive number; use one above zero.")
+
+
 class TrainState(NamedTuple):
     """What changes from step to step; a checkpoint is this and the loader's position."""
 
@@ -142,7 +158,7 @@ def train_step(
     loss, gradients = jax.value_and_grad(loss_of)(state.params)
     updates, moments = optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+    metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
     return constrain_state(TrainState(state.step + 1, params, moments)), metrics
 
 
@@ -180,6 +196,7 @@ class Trainer:
     """A run in memory: the split model, the state, and the steps over them."""
 
     def __init__(self, model: DiT, config: TrainConfig, mesh: Mesh | None = None):
+        check_config(config)
         self.config, self.mesh = config, mesh
         self.graph, trained, self.frozen = prepare_model(model, config)
         self.optimizer = make_optimizer(config)

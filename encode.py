@@ -30,6 +30,9 @@ def main() -> None:
     cut = windows(shots, job.frames, job.fps, job.stride)
     height, width = choose_size(job, cut)
     pipeline = Pipeline(job.checkpoint, dtype=parse_dtype(job.dtype))
+    pipeline.require("dit", "vae", "text_encoder")
+    if pipeline.configs["dit"].image_dim is not None:
+        pipeline.require("image_encoder")
     spec = feature_spec(pipeline, job, height, width)
     encoders = [name for name in pipeline.configs if name != "dit"]
     writer = FeatureWriter(job.out, spec, origin(job, encoders, cut, height, width))

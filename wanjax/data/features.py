@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from safetensors.numpy import save
 
 from wanjax.errors import UserError, nearest
-from wanjax.outputs import whole_file, whole_folder
+from wanjax.outputs import require_writable, whole_file, whole_folder
 from wanjax.progress import progress_bar
 from wanjax.tensor_files import read_safetensors
 from wanjax.types import PathLike
@@ -78,17 +78,18 @@ class FeatureWriter:
         self.out, self.spec = Path(out), spec
         self.staging = self.out.with_name(f"{self.out.name}.staging")
         self.fingerprint = json.loads(json.dumps(fingerprint))
+        if self.out.exists() and not (self.out / MANIFEST).is_file():
+            raise UserError(f"{self.out} exists and is no features cache; choose another --out.")
         self._whole = Features.open(self.out) if self.out.exists() else None
-        begun = self.staging / MANIFEST
-        header = {"format": FORMAT, "spec": asdict(spec), "fingerprint": self.fingerprint}
+        self._begun = self.staging / MANIFEST
+        self._header = {"format": FORMAT, "spec": asdict(spec), "fingerprint": self.fingerprint}
         if self._whole:
-            self._whole.require(_flat(header))
+            self._whole.require(_flat(self._header))
             shutil.rmtree(self.staging, ignore_errors=True)  # of a run killed at its very end
-        elif begun.is_file():
-            _refuse_difference(_flat(_read_manifest(begun)), _flat(header), self.staging)
-        else:
-            with whole_file(begun, replace=True) as partial:
-                partial.write_text(json.dumps(header))
+        elif self._begun.is_file():
+            begun = _read_manifest(self._begun)
+            _refuse_difference(_flat(begun), _flat(self._header), self.staging)
+        require_writable(self._begun)
 
     def done(self, name: str) -> bool:
         """Whether the window `name` need not be encoded again."""
@@ -119,6 +120,9 @@ class FeatureWriter:
         if arrays.keys() != self.spec.stored.keys():
             raise ValueError(f"{name}: got {sorted(arrays)} for {sorted(self.spec.stored)}")
         metadata = {"name": name, "split": split, "caption": caption}
+        if not self._begun.is_file():  # not earlier: an encode that fails before leaves nothing
+            with whole_file(self._begun, replace=True) as partial:
+                partial.write_text(json.dumps(self._header))
         with whole_file(self._staged(name), replace=True) as partial:
             partial.write_bytes(save(arrays, metadata))
 

@@ -7,16 +7,20 @@ guidance, shift; what it leaves out comes from the command line, and finished vi
 """
 
 import json
+import math
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
 from configs import SampleJob, command_line, parse_mesh
 from convert.lora import read_any_lora
+from wanjax.conditioning import check_size
 from wanjax.data.video import write_video
 from wanjax.errors import UserError, nearest, run_script
 from wanjax.lora import LoRA
-from wanjax.pipeline import Pipeline, parse_dtype
+from wanjax.outputs import require_writable
+from wanjax.pipeline import Conditioned, Pipeline, parse_dtype
+from wanjax.solvers import make_schedule
 
 PER_VIDEO = frozenset(
     ["image", "last_image", "prompt", "negative_prompt", "out", "seed", "frames"]
@@ -26,7 +30,12 @@ PER_VIDEO = frozenset(
 
 def main() -> None:
     _, job = command_line(lambda preset: preset.sample, __doc__)
-    videos = [v for v in requests(job) if job.jobs is None or not v.out.exists()]
+    wanted = requests(job)
+    videos = [video for video in wanted if not video.out.exists()]
+    if len(videos) < len(wanted):
+        sys.stderr.write(f"{len(wanted) - len(videos)} of {len(wanted)} videos exist already\n")
+    for video in videos:
+        check(video)
     pipeline = Pipeline(
         job.checkpoint,
         dtype=parse_dtype(job.dtype),
@@ -63,12 +72,24 @@ def requests(job: SampleJob) -> list[SampleJob]:
     return videos
 
 
+def check(video: SampleJob) -> None:
+    """Refuse, before any network is loaded, what would fail after minutes or hours of work."""
+    require_writable(video.out)
+    make_schedule(video.solver, video.steps, video.shift, video.sigmas)
+    check_size(video.frames, video.height or 16, video.width or 16)
+    if video.fps < 1:
+        raise UserError(f"{video.out} cannot have fps={video.fps}; use 1 or more (Wan has 16).")
+    if not 0 <= video.seed < 1 << 32:
+        raise UserError(f"seed={video.seed} is not from 0 to {(1 << 32) - 1}; choose another.")
+
+
 def read_jobs(job: SampleJob) -> list[SampleJob]:
     """One request a line; paths are as they stand, relative to the working folder."""
     try:
-        lines = job.jobs.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{job.jobs} cannot be read ({error.strerror}); check --jobs.") from error
+        lines = job.jobs.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"{job.jobs} cannot be read ({reason}); check --jobs.") from error
     videos, places = [], set()
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -93,22 +114,21 @@ def parse_job(line: str, where: str) -> dict:
     for name, value in given.items():
         if name not in PER_VIDEO:
             raise UserError(f"{where} has an unknown field '{name}'{nearest(name, PER_VIDEO)}")
-        expected = _json_kind(kinds[name])
-        if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
+        if not _is_of(value, str(kinds[name])):
             raise UserError(f"{where}: {name}={value!r} is of the wrong kind; see --help.")
-    return {
-        k: Path(v) if k in ("image", "last_image", "out") and v else v for k, v in given.items()
-    }
+    paths = ("image", "last_image", "out")
+    return {k: Path(v) if k in paths and v is not None else v for k, v in given.items()}
 
 
-def _json_kind(annotation: object) -> tuple[type, ...]:
-    text = str(annotation)
-    if "float" in text:
-        return (int, float)
-    return (int,) if "int" in text else (str,)
+def _is_of(value: object, annotation: str) -> bool:
+    """Whether a JSON value can stand for a field annotated so, such as `int | None`."""
+    if value is None or isinstance(value, bool):
+        return value is None and "None" in annotation
+    kinds = (int, float) if "float" in annotation else (int,) if "int" in annotation else (str,)
+    return isinstance(value, kinds)
 
 
-def condition(pipeline: Pipeline, video: SampleJob):
+def condition(pipeline: Pipeline, video: SampleJob) -> Conditioned:
     """Run the encoders for one request."""
     return pipeline.condition(
         image=video.image,
@@ -128,9 +148,12 @@ def read_adapter(text: str) -> tuple[LoRA, float]:
     path, colon, strength = text.rpartition(":")
     if colon and not Path(text).exists():
         try:
-            return read_any_lora(Path(path)), float(strength)
-        except ValueError as error:
-            raise UserError(f"--lora {text}: '{strength}' is not a strength.") from error
+            number = float(strength)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"--lora {text} has no number after its last colon; write PATH:0.8.")
+        return read_any_lora(Path(path)), number
     return read_any_lora(Path(text)), 1.0
 
 

@@ -41,6 +41,8 @@ class Prepared:
 
 def size_for(picture_height: int, picture_width: int, area: int) -> tuple[int, int]:
     """Height and width of about `area` pixels with the picture's aspect, both divisible by 16."""
+    if area < 256:
+        raise UserError(f"area={area} is less than one patch of 16x16; use 256 pixels or more.")
     aspect = picture_height / picture_width
     height = round(math.sqrt(area * aspect) // 8 // 2 * 2) * 8
     width = round(math.sqrt(area / aspect) // 8 // 2 * 2) * 8

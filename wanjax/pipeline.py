@@ -120,6 +120,11 @@ class Pipeline:
     def image_encoder(self) -> CLIPVision:
         return self._network("image_encoder")
 
+    def require(self, *names: str) -> None:
+        """Refuse a folder that was made without one of these networks."""
+        for name in names:
+            self._require(name)
+
     def release(self, *names: str) -> None:
         """Forget loaded networks; they are read again if they are needed again."""
         for name in names:

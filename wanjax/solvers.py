@@ -97,6 +97,8 @@ def make_schedule(
     else:
         if steps < 1:
             raise UserError(f"steps={steps} is not a number of steps; use 1 or more.")
+        if not 0 < shift < math.inf:
+            raise UserError(f"shift={shift:g} is not a positive number; use 5, for example.")
         start = 0.999 if solver == "unipc" else 1.0
         sigmas = shift_sigmas(np.linspace(start, 0, steps + 1)[:-1], shift)
         timesteps = np.trunc(sigmas * 1000)

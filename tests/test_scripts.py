@@ -1,0 +1,151 @@
+"""encode.py, train.py, sample.py and `python -m convert lora` as processes, one after another."""
+
+import json
+import signal
+from pathlib import Path
+
+import av
+import jax
+import numpy as np
+import pytest
+
+from convert.lora import convert_lora
+from tests.scripts import SIZE, run, start, stop_when
+from wanjax.data.features import Features
+from wanjax.data.video import probe, read_video
+from wanjax.pipeline import Pipeline
+
+PROMPT = "a street in the rain"
+
+
+def encode_words(world: Path, out: Path) -> tuple:
+    paths = ("--data", world / "clips", "--checkpoint", world / "ck", "--out", out)
+    return ("encode.py", "nano", *paths, *SIZE, "--stride", 4)
+
+
+def test_features_are_what_the_models_take(features):
+    cache = Features.open(features)
+    assert len(cache) == 10 and cache.splits == {"train": 10}
+    example = cache.example("c1@8")
+    assert example["latents"].shape == (3, 4, 6, 16) and example["condition"].shape == (3, 4, 6, 20)
+    assert example["text"].shape == (512, 24) and example["image"].shape == (5, 32)
+    assert example["caption"] == "a street in the rain 1"
+    assert np.array_equal(example["condition"][..., :4][0], np.ones((4, 6, 4)))
+
+
+def assert_same_cache(one: Features, other: Features) -> None:
+    """Bit for bit, example by example (a record's bytes are not unique: protobuf orders maps)."""
+    assert (one.names, one.spec, one.fingerprint) == (other.names, other.spec, other.fingerprint)
+    for name in one.names:
+        for key, value in one.example(name).items():
+            np.testing.assert_array_equal(value, other.example(name)[key])
+
+
+def test_an_encode_that_was_killed_and_interrupted_goes_on(world, features, tmp_path):
+    out, staging = tmp_path / "f", tmp_path / "f.staging"
+    staged = lambda n: lambda: len(list(staging.glob("*.safetensors"))) >= n  # noqa: E731
+    words = encode_words(world, out)
+    stop_when(staged(1), start(*words, cwd=tmp_path), signal.SIGKILL, -signal.SIGKILL)
+    assert not out.exists() and staging.exists()
+    before = len(list(staging.glob("*.safetensors")))
+    said = stop_when(staged(before + 2), start(*words, cwd=tmp_path), signal.SIGINT, 130)
+    assert said.endswith("interrupted\n") and f"{10 - before} to encode" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["f.staging"]
+    assert not [p.name for p in staging.iterdir() if "partial" in p.name]
+    run(*words, cwd=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+    assert_same_cache(Features.open(out), Features.open(features))
+
+
+def test_an_encode_that_is_done_does_nothing(world, features, monkeypatch):
+    import encode
+
+    before = {p: p.stat().st_mtime_ns for p in features.rglob("*")}
+    words = encode_words(world, features)
+    monkeypatch.setattr("sys.argv", [str(word) for word in words])
+    monkeypatch.setattr(Pipeline, "_network", lambda self, name: pytest.fail(f"loaded {name}"))
+    encode.main()
+    assert {p: p.stat().st_mtime_ns for p in features.rglob("*")} == before
+
+
+def test_a_run_leaves_metrics_and_checkpoints(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    names = {"step", "loss", "gradient_norm", "seconds", "tokens_per_second"}
+    assert all(set(line) == names and np.isfinite(line["loss"]) for line in lines)
+    assert [p.name for p in (trained / "checkpoints").iterdir()] == ["4"]
+    events = list((trained / "tensorboard").iterdir())
+    assert len(events) == 1 and events[0].read_bytes().count(b"tokens_per_second") == 4
+
+
+def test_jobs_are_resumed_and_the_denoiser_is_compiled_once(world, trained, tmp_path):
+    """Three videos in two processes: the first is stopped in the middle of the second video."""
+
+    def jobs(*second: dict) -> Path:
+        lines = [{"out": f"{tmp_path}/a.mp4", "seed": 1}, *second]
+        (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+        return tmp_path / "jobs.jsonl"
+
+    words = ("sample.py", "nano", "--checkpoint", "ck", "--image", "picture.png", "--steps", 2)
+    words += ("--prompt", PROMPT, "--lora", "run", *SIZE, "--jobs")
+    first, second, third = (tmp_path / f"{name}.mp4" for name in "abc")
+
+    endless = jobs({"out": str(second), "steps": 100_000})
+    process = start(*words, endless, cwd=world)
+    said = stop_when(first.exists, process, signal.SIGINT, 130)
+    assert said.endswith("interrupted\n")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.mp4", "jobs.jsonl"}
+    written, content = first.stat().st_mtime_ns, first.read_bytes()
+
+    rest = jobs(
+        {"out": str(second), "seed": 1},
+        {"out": str(third), "seed": 2, "prompt": "rain " * 600, "guidance": 3, "steps": 3},
+    )
+    said = run(*words, rest, cwd=world, environment={"JAX_LOG_COMPILES": "1"})
+    assert "1 of 3 videos exist already" in said
+    assert (first.stat().st_mtime_ns, first.read_bytes()) == (written, content)
+    assert said.count("Finished XLA compilation of jit(denoise_step)") == 1
+    (warning,) = [line for line in said.splitlines() if line.startswith("warning:")]
+    assert "512 fit" in warning
+    # The same seed in another process gives the same file; another seed another one.
+    assert second.read_bytes() == content and third.read_bytes() != content
+
+    for video in (first, second, third):
+        info = probe(video)
+        assert (info.width, info.height, info.fps, info.frames) == (48, 32, 16, 9)
+        with av.open(str(video)) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
+    assert np.std(read_video(first)[0]) > 1
+
+
+def test_an_adapter_is_the_same_as_run_native_and_comfyui_file(world, trained, tmp_path):
+    from sample import read_adapter
+
+    comfyui, native = tmp_path / "c.safetensors", tmp_path / "n.safetensors"
+    run("-m", "convert", "lora", trained, comfyui, "--format", "comfyui", cwd=tmp_path)
+    convert_lora(comfyui, native, "native")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        plain = Pipeline(world / "ck", dtype="float32")
+        given = plain.condition(
+            image=world / "picture.png", prompt=PROMPT, frames=9, height=32, width=48
+        )
+
+        def video(*adapters: str) -> np.ndarray:
+            loras = [read_adapter(text) for text in adapters]
+            pipeline = Pipeline(world / "ck", dtype="float32", loras=loras)
+            pipeline._networks["vae"] = plain.vae
+            return pipeline.generate(given, steps=2, seed=3)
+
+        without = video()
+        full, half = video(f"{trained}"), video(f"{trained}:0.5")
+        distance = lambda a, b: float(np.abs(a - b).max())  # noqa: E731
+        assert distance(full, without) > 1e-3 and distance(full, half) > 1e-4
+        for same in (f"{comfyui}", f"{native}", f"{native}:1.0"):
+            assert distance(video(same), full) <= 1e-5
+        assert distance(video(f"{comfyui}:0.5"), half) <= 1e-5
+        assert distance(video(f"{native}:0.25", f"{comfyui}:0.25"), half) <= 1e-5
+        assert distance(video(f"{trained}:0"), without) <= 1e-5
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)

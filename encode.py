@@ -102,7 +102,7 @@ def encode_captions(pipeline: Pipeline, cut: Sequence[Window]) -> dict[str, np.n
     with progress_bar("Captions", len(captions), hidden=len(captions) < 2) as bar:
         for caption in captions:
             features = pipeline.encode_prompts([caption])[0]
-            texts[caption] = features[: np.flatnonzero(features.any(-1))[-1] + 1]
+            texts[caption] = features[: features.any(-1).cumsum().argmax() + 1]
             bar.advance()
     pipeline.release("text_encoder")
     return texts

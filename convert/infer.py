@@ -5,6 +5,7 @@ Official folders have one for the diffusion model only, and single files have no
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -110,15 +111,22 @@ def _infer_umt5(shapes: Shapes) -> UMT5Config:
 
 
 def _infer_clip(shapes: Shapes) -> CLIPVisionConfig:
-    """Heads of 80 channels, as in ViT-H; in toys the most heads up to 16 that divide the width."""
+    """Heads of 80 channels, as in ViT-H. At other widths the shapes do not tell, and a guess of the
+    most heads up to 16 that divide the width is reported."""
     patch, _, _, dim = shapes("patch_embedding.kernel")
     side = math.isqrt(shapes("pos_embedding")[0] - 1)
-    heads = next(n for n in range(16, 0, -1) if dim % n == 0)
+    heads = dim // 80 if dim % 80 == 0 else next(n for n in range(16, 0, -1) if dim % n == 0)
+    if dim % 80:
+        warnings.warn(
+            f"{shapes.where} is no ViT-H (width {dim}) and has no config: {heads} heads are a "
+            "guess; convert from a diffusers folder, which has one, to be sure.",
+            stacklevel=2,
+        )
     return CLIPVisionConfig(
         image_size=side * patch,
         patch_size=patch,
         dim=dim,
-        num_heads=dim // 80 if dim % 80 == 0 else heads,
+        num_heads=heads,
         num_layers=shapes.layers("blocks.ffn.up.kernel"),
         ffn_dim=shapes("blocks.ffn.up.kernel")[1],
         projection_dim=shapes("head")[1] if "head" in shapes else None,

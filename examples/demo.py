@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
+from configs import PRESETS
 from examples.nano_random import write_random_nano
 from wanjax.checkpoint import Checkpoints
 from wanjax.conditioning import size_for
@@ -39,11 +40,12 @@ from wanjax.types import Batch, Condition
 ROOT = Path(__file__).resolve().parents[1]
 CAPTION = "A big white rabbit stands in a green meadow, animated film"
 FRAMES, FPS, AREA, STEPS = 33, 16, 64 * 114, 400
+MARKER = ".wanjax-demo"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--clip", type=Path, help="a film of at least 2.1 s (default: Bunny)")
+    parser.add_argument("--clip", type=Path, help="a film of at least 3.6 s (default: Bunny)")
     parser.add_argument("--caption", default=CAPTION, help="what the clip shows")
     parser.add_argument("--out", type=Path, default=ROOT / "demo", help="where results go")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
@@ -54,7 +56,7 @@ def main() -> None:
     height, width = size_for(probe(clip).height, probe(clip).width, AREA)
     prepare(out, clip, arguments.caption, height, width)
     train_and_sample(out, arguments.caption, arguments.steps)
-    report = measure(out, height, width)
+    report = {"clip": clip.name} | measure(out, height, width)
     contact_sheet(out, height, width)
     report["seconds"] = round(time.perf_counter() - start)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -76,13 +78,17 @@ def prepare(out: Path, clip: Path, caption: str, height: int, width: int) -> Non
     """An empty folder with the clip, its caption, and a random checkpoint."""
     say("A toy Wan2.1 with random weights, its VAE's statistics measured on the clip")
     if out.exists():
+        if not (out / MARKER).exists() or out.resolve() in clip.resolve().parents:
+            raise UserError(f"{out} is not an earlier demo's to replace; choose another --out.")
         shutil.rmtree(out)
     (out / "clips").mkdir(parents=True)
+    (out / MARKER).write_text("made by the demo, and replaced by the next\n")
     shutil.copyfile(clip, out / "clips" / clip.name)
     (out / "clips" / f"{clip.stem}.txt").write_text(caption + "\n")
-    first = windows(read_dataset(out / "clips"), FRAMES, FPS)[
-        0
-    ].read()  # long enough, or a sentence
+    cut = windows(read_dataset(out / "clips"), FRAMES, FPS, PRESETS["nano"].encode.stride)
+    if len(cut) < PRESETS["nano"].train.settings.batch:
+        raise UserError(f"{clip} gives {len(cut)} windows, too few to train on; use 3.6 s or more.")
+    first = cut[0].read()
     write_random_nano(out / "nano", [caption], fit(first.frames, height, width))
     Image.fromarray(first.frames[0]).save(out / "first_frame.png")
 
@@ -188,7 +194,8 @@ def conclude(out: Path, report: dict) -> None:
     print(f"  another condition  {own:.3f} -> {other:.3f} ({100 * (other / own - 1):+.0f} %)")
     print("  before.mp4, after.mp4, contact_sheet.png")
     print("  adapter.safetensors  for ComfyUI and diffusers")
-    print("Big Buck Bunny (c) 2008 Blender Foundation, CC-BY 3.0, bigbuckbunny.org")
+    if report["clip"] == bunny().name:
+        print("Big Buck Bunny (c) 2008 Blender Foundation, CC-BY 3.0, bigbuckbunny.org")
     if last >= 0.7 * first or other < 1.05 * own:
         raise UserError("The model did not learn as it should; see metrics.jsonl in the run.")
 

@@ -17,7 +17,6 @@ from rich.filesize import decimal
 from wanjax.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextmanager
@@ -84,19 +83,17 @@ def require_space(path: Path, needed: int) -> None:
         )
 
 
-def _explained(error: OSError, path: Path) -> Exception:
+def _explained(error: OSError, path: Path) -> UserError:
     if error.errno in _FULL:
         reason = "the disk is full" if error.errno != errno.EFBIG else "the file grew too large"
         return UserError(
             f"{path} could not be written, {reason}, and nothing of it was kept; "
             "make room, or choose a place on another disk."
         )
-    if error.errno in (*_DENIED, errno.ENOTDIR, errno.EEXIST):
-        return UserError(
-            f"{path} could not be written ({error.strerror}); "
-            "choose a place where you may create files."
-        )
-    return error
+    return UserError(
+        f"{path} could not be written ({error.strerror or error}); "
+        "choose a place where you may create files."
+    )
 
 
 def _remove_stale(path: Path) -> None:

@@ -5,6 +5,7 @@ the 11 GB text encoder and the denoiser need not share a device: after condition
 released, and the features of every prompt are kept. The denoise step is compiled once per size.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -236,12 +237,13 @@ class Pipeline:
             self.folder / "tokenizer", self.configs[self._require("dit")].text_len
         )
         rows = self.configs[self._require("text_encoder")].vocab_size
-        if tokenizer.vocab_size > rows:
+        tokens = tokenizer(prompts)
+        if tokens.ids.max() >= rows:
             raise UserError(
-                f"The tokenizer in {self.folder} has {tokenizer.vocab_size} entries and the text "
+                f"The tokenizer in {self.folder} gives the id {tokens.ids.max()} and the text "
                 f"encoder knows {rows}; use the tokenizer that came with the checkpoint."
             )
-        return tokenizer(prompts)
+        return tokens
 
     def generate(
         self,
@@ -256,6 +258,8 @@ class Pipeline:
         seed: int = 0,
     ) -> Float[np.ndarray, "T H W 3"]:
         """Denoise and decode; the arguments are those of `sample`."""
+        if not math.isfinite(guidance):
+            raise UserError(f"guidance={guidance} is not a scale; use 5, or 1 for no guidance.")
         schedule = make_schedule(solver, steps, shift, sigmas)
         # Committed to their places, as a step's results are: else the second step compiles again.
         state, conditions = jax.device_put(
@@ -300,10 +304,12 @@ class Pipeline:
         config = self.configs["dit"]
         if (image is None) != (config.image_dim is None):
             need = "needs a picture" if image is None else "is text-to-video and takes no picture"
-            raise UserError(f"The model in {self.folder} {need}; see `image`.")
+            remedy = "give one as `image`" if image is None else "leave `image` out"
+            raise UserError(f"The model in {self.folder} {need}; {remedy}.")
         if (last_image is None) != (config.image_positions is None):
             need = "needs" if last_image is None else "takes no"
-            raise UserError(f"The model in {self.folder} {need} last picture; see `last_image`.")
+            remedy = "give one as `last_image`" if last_image is None else "leave `last_image` out"
+            raise UserError(f"The model in {self.folder} {need} last picture; {remedy}.")
 
     def _on_mesh(self):
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -18,7 +18,7 @@ from wanjax.tensor_files import SafetensorsWriter, read_safetensors
 
 def default_folder() -> Path:
     """Where the cache lies, after the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "wanjax" / "prompts"
 
 
@@ -31,20 +31,20 @@ class PromptCache:
 
     def get(self, ids: Int[np.ndarray, " L"]) -> Float[np.ndarray, "L C"] | None:
         """The features of these tokens, or None."""
-        path = self._path(ids)
-        if not path.is_file():
-            return None
         try:
+            path = self._path(ids)
+            if not path.is_file():
+                return None
             stored = read_safetensors(path).tensors["features"]
-        except (UserError, KeyError):
-            return None  # damaged: it is computed and written again
+        except (UserError, KeyError, OSError):
+            return None  # damaged or out of reach: it is computed again
         padded = np.zeros((len(ids), stored.shape[-1]), stored.dtype)
         padded[: len(stored)] = stored
         return padded
 
     def put(self, ids: Int[np.ndarray, " L"], features: Float[np.ndarray, "L C"]) -> None:
         """Keep features. A cache that cannot be written is done without."""
-        length = int(np.flatnonzero(features.any(-1))[-1]) + 1
+        length = int(features.any(-1).cumsum().argmax()) + 1
         header = {"features": (features.dtype, features[:length].shape)}
         try:
             with (

@@ -107,7 +107,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     rate = optax.linear_schedule(
         config.learning_rate / max(config.warmup, 1), config.learning_rate, config.warmup
     )
-    adamw = optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=config.weight_decay)
+    adamw = optax.adamw(rate, weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 

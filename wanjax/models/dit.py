@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from wanjax.attention import attention
+from wanjax.attention import attention, matmul_precision
 from wanjax.errors import UserError
 from wanjax.nn import LayerNorm, Linear, RMSNorm, gelu_exact, gelu_tanh, stack, xavier_uniform
 from wanjax.rope import rotary_table, rotate
@@ -189,7 +189,8 @@ class PatchEmbed(nnx.Module):
         a, b, c = self.size
         kernel = self.kernel[...]
         x = rearrange(x, "B (t a) (h b) (w c) C -> B (t h w) (a b c C)", a=a, b=b, c=c)
-        y = x.astype(kernel.dtype) @ kernel.reshape(-1, kernel.shape[-1])
+        flat = kernel.reshape(-1, kernel.shape[-1])
+        y = jnp.matmul(x.astype(kernel.dtype), flat, precision=matmul_precision(kernel.dtype))
         return y + self.bias[...]
 
 
@@ -219,7 +220,7 @@ class DiT(nnx.Module):
         condition: Float[Array, "B t h w C3"] | None = None,
     ) -> Float[Array, "B t h w 16"]:
         """The velocity `noise - data`, fp32. `timestep` is on the scale 0...1000 and stays fp32."""
-        self._check(latents, image, condition)
+        self._check(latents, timestep, text, image, condition)
         x = latents if condition is None else jnp.concatenate([latents, condition], axis=-1)
         grid = tuple(s // p for s, p in zip(x.shape[1:4], self.config.patch_size))
         x = constrain(self.patch_embed(x), "batch", "tokens", None)
@@ -241,7 +242,22 @@ class DiT(nnx.Module):
             x, "B (t h w) (a b c C) -> B (t a) (h b) (w c) C", t=t, h=h, w=w, a=a, b=b, c=c
         )
 
-    def _check(self, latents, image, condition):
+    def _check(self, latents, timestep, text, image, condition):
+        if any(n % p for n, p in zip(latents.shape[1:4], self.config.patch_size)):
+            raise UserError(
+                f"Latents of {latents.shape[1:4]} (t, h, w) do not divide into patches of "
+                f"{self.config.patch_size}; use sizes in pixels that are divisible by 16."
+            )
+        if timestep.shape != latents.shape[:1]:
+            raise UserError(
+                f"timestep has the shape {timestep.shape} and the batch {latents.shape[:1]}; "
+                "give one number for every example."
+            )
+        if text.shape[-1] != self.config.text_dim:
+            raise UserError(
+                f"The text features are {text.shape[-1]} wide and the model takes "
+                f"{self.config.text_dim}; encode the prompt with this model's text encoder."
+            )
         channels = latents.shape[-1] + (0 if condition is None else condition.shape[-1])
         if channels != self.config.in_channels:
             raise UserError(

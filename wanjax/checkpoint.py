@@ -8,13 +8,17 @@ itself is one safetensors file in our names. This is the only module that import
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from rich.filesize import decimal
 
 from wanjax.errors import UserError
 from wanjax.lora import STACK, LayerAdapter, LoRA
@@ -24,6 +28,7 @@ from wanjax.types import PathLike
 
 RUN_FILE = "run.json"
 ADAPTER_FORMAT = "wanjax-lora"
+_OVERHEAD = 256 << 10  # what Orbax writes beside the arrays, some kilobytes
 
 
 class Checkpoints:
@@ -34,7 +39,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, *, keep: int | None = None):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        _quieten_orbax()
         self.run = run
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
@@ -48,18 +53,20 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, loader: Mapping[str, Any]) -> None:
         """Write one checkpoint. Raises `UserError` where the disk is full; older ones survive."""
+        needed = sum(x.nbytes for x in jax.tree.leaves(state)) + _OVERHEAD
+        free = shutil.disk_usage(self.run).free
+        if free < needed:
+            reason = f"it needs {decimal(needed)} and the disk has {decimal(free)} free"
+            raise self._not_written(step, reason)
         parts = ocp.args.Composite(
             state=ocp.args.StandardSave(state), loader=ocp.args.JsonSave(dict(loader))
         )
         try:
-            self._manager.save(step, args=parts, force=True)
+            with _one_error():
+                self._manager.save(step, args=parts, force=True)
         except Exception as error:  # tensorstore reports a full disk as ValueError or OSError
             self._discard_partial()
-            kept = "none is kept yet" if self.latest is None else f"step {self.latest} is kept"
-            raise UserError(
-                f"The checkpoint of step {step} could not be written to {self.run} ({kept}): "
-                f"{_first_line(error)}; make room and run the same command again."
-            ) from error
+            raise self._not_written(step, _first_line(error)) from error
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """State and loader position of `step`, with the shapes, types and shardings of `like`."""
@@ -75,9 +82,37 @@ class Checkpoints:
             ) from error
         return restored.state, restored.loader
 
+    def _not_written(self, step: int, reason: str) -> UserError:
+        kept = "none is kept yet" if self.latest is None else f"step {self.latest} is kept"
+        return UserError(
+            f"The checkpoint of step {step} could not be written to {self.run} ({kept}): "
+            f"{reason}; make room and run the same command again."
+        )
+
     def _discard_partial(self) -> None:
-        for folder in (self.run / "checkpoints").glob("*orbax-checkpoint-tmp*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(10):  # other threads may be writing into it for a moment yet
+            for folder in (self.run / "checkpoints").glob("*orbax-checkpoint-tmp*"):
+                shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.1)
+
+
+def _quieten_orbax() -> None:
+    """No remarks on its own doings; its errors are raised as well as logged."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """While Orbax writes with many threads, the first failure is raised; keep the others, which
+    arrive when nobody listens any more, from being printed with their tracebacks.
+
+    After a failure they may still arrive until the process ends, which it is about to do.
+    """
+    hooks = sys.excepthook, sys.unraisablehook
+    sys.excepthook = sys.unraisablehook = lambda *_: None
+    yield
+    sys.excepthook, sys.unraisablehook = hooks
 
 
 def latest_step(run: Path) -> int | None:
@@ -122,6 +157,7 @@ def _lora_of_run(run: Path) -> LoRA:
     step = latest_step(run)
     if step is None:
         raise UserError(f"{run} has no checkpoint yet; let it train for longer.")
+    _quieten_orbax()
     folder = (run / "checkpoints" / str(step) / "state").absolute()
     reader = ocp.PyTreeCheckpointer()
     tree = reader.metadata(folder).item_metadata.tree

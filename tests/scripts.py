@@ -83,12 +83,17 @@ def film(seed: int, frames: int = 25) -> np.ndarray:
 
 
 def start(
-    *words: object, cwd: Path, environment: Mapping[str, str] | None = None
+    *words: object,
+    cwd: Path,
+    environment: Mapping[str, str] | None = None,
+    largest_file: int | str = "unlimited",
 ) -> subprocess.Popen:
-    """Start `python WORDS` (a script of the project, or -m) in `cwd`."""
+    """Start `python WORDS` (a script of the project, or -m) in `cwd`; no file grows larger than
+    `largest_file` kilobytes."""
     first = str(ROOT / str(words[0])) if str(words[0]).endswith(".py") else str(words[0])
+    limit = ("bash", "-c", 'ulimit -f "$0"; exec "$@"', str(largest_file))
     return subprocess.Popen(
-        [sys.executable, first, *map(str, words[1:])],
+        [*limit, sys.executable, first, *map(str, words[1:])],
         cwd=cwd,
         env=os.environ | ENVIRONMENT | dict(environment or {}),
         stdout=subprocess.PIPE,

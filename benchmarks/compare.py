@@ -1,6 +1,6 @@
 """Denoise step, VAE and LoRA step against diffusers on the same CPU, in one run, at a small size.
 
-    make bench        (python -m benchmarks.compare [--repeats 7])
+    make bench        (python -m benchmarks.compare [--repeats 5])
 
 Both sides have the same shapes, fp32, random weights, and the same number of threads. Each pair is
 timed in turn, A B A B, after a warm-up that compiles; the table gives medians and the median of the
@@ -32,9 +32,9 @@ from wanjax.types import Batch, Condition
 from wanjax.weights import random_network
 
 CONFIG = DiTConfig(dim=768, ffn_dim=2048, num_layers=6, num_heads=6, text_dim=512, image_dim=640)
-GRID = (5, 30, 52)  # latents of 17 frames at 240x416: 1,950 tokens
+GRID = (5, 20, 32)  # latents of 17 frames at 160x256: 800 tokens
 RANK = 8
-VAE_FRAMES, VAE_HEIGHT, VAE_WIDTH = 9, 128, 208
+VAE_FRAMES, VAE_HEIGHT, VAE_WIDTH = 9, 64, 96
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def compare(pair: Pair, repeats: int) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(os.cpu_count())
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "diffusers"))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="wanjax-tests-")
+CACHE = tempfile.TemporaryDirectory(prefix="wanjax-tests-", ignore_cleanup_errors=True)
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 from tests.scripts import SIZE, run, write_world
 

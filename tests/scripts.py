@@ -16,9 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZE = ("--frames", 9, "--height", 32, "--width", 48)
 # Processes compile the same programs over and over: they share what is compiled, and its speed is
 # of no matter. Every figure that is compared is compared between programs compiled alike.
+PROGRAMS = tempfile.TemporaryDirectory(prefix="wanjax-tests-programs-", ignore_cleanup_errors=True)
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="wanjax-tests-programs-"),
+    "JAX_COMPILATION_CACHE_DIR": PROGRAMS.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "PYTHONPATH": str(ROOT),

@@ -336,7 +336,7 @@ def test_full_disks(bench):
     """While a checkpoint is saved, while metrics and a video are written."""
     with small_disk(bench / "disk", "8m") as disk:
         words = ("nano", *CK, "--features", "features", "--run", disk / "r", "--batch", 2)
-        words += ("--rank", 16, "--checkpoint-every", 2, "--steps")
+        words += ("--rank", 2, "--checkpoint-every", 2, "--steps")
         run("train.py", *words, 2, cwd=bench)
         saved = listing(disk / "r" / "checkpoints")
 

@@ -54,7 +54,7 @@ bench: $(VENV)/.test
 	$(RUN) -m benchmarks.compare
 
 $(VENV)/.library: pyproject.toml $(CONSTRAINTS)
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) -c $(CONSTRAINTS) -e .
 	touch $@
 

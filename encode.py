@@ -27,7 +27,12 @@ from wanjax.weights import fingerprint
 def main() -> None:
     _, job = command_line(lambda preset: preset.encode, __doc__)
     shots = read_dataset(job.data, job.default_caption)
-    cut = windows(shots, job.frames, job.fps, job.stride)
+    cut = windows(shots, job.frames, job.fps, job.stride, job.skip_short)
+    if not cut:
+        raise UserError(
+            f"No shot in {job.data} is as long as one window of {job.frames} frames at "
+            f"{job.fps:g} fps; use fewer --frames, or longer clips."
+        )
     height, width = choose_size(job, cut)
     pipeline = Pipeline(job.checkpoint, dtype=parse_dtype(job.dtype))
     pipeline.require("dit", "vae", "text_encoder")

@@ -37,6 +37,8 @@ class EncodeJob:
     """How a picture becomes the encoders' input; must be the same when sampling."""
     default_caption: str | None = None
     """Caption of the clips that have none."""
+    skip_short: bool = False
+    """Leave out shots that are shorter than one window; otherwise they are an error."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of umT5 and CLIP, and of the cached features; the VAE runs in fp32."""
 

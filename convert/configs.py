@@ -207,7 +207,7 @@ def dit_to_official(config: DiTConfig) -> dict[str, object]:
     return dict(sorted({**kind, **data, "model_type": model_type(config)}.items()))
 
 
-def to_diffusers(network: str, config: Config, dtype: str) -> dict[str, object]:
+def to_diffusers(network: str, config: Config, dtype: str = "float32") -> dict[str, object]:
     """The `config.json` of a component; `dtype` is what transformers is to load it in."""
     if isinstance(config, DiTConfig):
         return {

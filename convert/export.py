@@ -174,8 +174,8 @@ def _restore(native: Native, plans: Plans, layout: str) -> list[str]:
                 )
             if families:
                 notes.append(
-                    f"  {network:14} without {', '.join(families)}, which were dropped; to put "
-                    "them back, name the checkpoint that they were in with --from"
+                    f"  {network:14} without {', '.join(families)}, which the native folder does "
+                    "not keep; --from CHECKPOINT takes them from one that has them"
                 )
             continue
         named = name_tensors(network, layout, group.tensors, str(group.path))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.configs import dit_from_official, from_diffusers
+from convert.configs import dit_from_official, from_diffusers, to_diffusers
 from convert.infer import Shapes, infer
 from convert.networks import Named, name_tensors, recognise
 from convert.torch_files import read_torch
@@ -192,18 +192,31 @@ def open_source(group: Group, expected: str | None = None) -> Source:
     named = name_tensors(network, layout, group.tensors, where)
     shapes = Shapes(network, layout, named.tensors, where)
     beside = group.path if group.path.is_dir() else group.path.parent
-    ours = _own_configs(beside, group.metadata).get(network)
-    if ours is not None:
-        config = parse_config(NETWORKS[network][1], ours, where=f"{where}'s wanjax config")
-        return Source(group.path, named, config)
     data = _config_beside(beside, network, expected)
     if not data:
-        config = infer(network, shapes, layout)
+        theirs = None
     elif data.get("_class_name") == "WanModel":
-        config = dit_from_official(data, shapes)
+        theirs = dit_from_official(data, shapes)
     else:
-        config = from_diffusers(network, data, f"{beside}/config.json")
+        theirs = from_diffusers(network, data, f"{beside}/config.json")
+    ours = _own_configs(beside, group.metadata).get(network)
+    if ours is None:
+        return Source(group.path, named, theirs or infer(network, shapes, layout))
+    config = parse_config(NETWORKS[network][1], ours, where=f"{where}'s wanjax config")
+    if theirs is not None:
+        _refuse_edited(beside / "config.json", to_diffusers(network, theirs), network, config)
     return Source(group.path, named, config)
+
+
+def _refuse_edited(path: Path, found: Mapping, network: str, config: Config) -> None:
+    """Our own note beside an export must agree with its `config.json`, as far as that goes."""
+    written = to_diffusers(network, config)
+    for name, value in written.items():
+        if found[name] != value:
+            raise UserError(
+                f"{path} and {CONFIGS_FILE} do not agree about {name} ({found[name]} and {value}): "
+                f"one was edited after the export; correct it, or delete {CONFIGS_FILE}."
+            )
 
 
 def _config_beside(folder: Path, network: str, expected: str | None) -> dict:

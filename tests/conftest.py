@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripts import SIZE, run, write_world
+
 CACHE = tempfile.TemporaryDirectory(prefix="wanjax-tests-", ignore_cleanup_errors=True)
 os.environ["XDG_CACHE_HOME"] = CACHE.name
-
-from tests.scripts import SIZE, run, write_world
 
 
 @pytest.fixture(scope="session")

@@ -342,3 +342,18 @@ def test_a_stopped_run_leaves_nothing(number, sources, tmp_path):
     else:
         assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_edited_after_an_export_is_not_overruled(native, tmp_path):
+    """What our export notes about itself must agree with the `config.json` beside it."""
+    out, again = tmp_path / "out", tmp_path / "again"
+    main(["export", str(native), str(out), "--format", "diffusers"])
+    path = out / "transformer/config.json"
+    config = json.loads(path.read_text())
+    config["num_layers"] += 1
+    path.write_text(json.dumps(config))
+    refused(
+        "config.json and wanjax.json do not agree about num_l", "pipeline", out, again, out=again
+    )
+    (out / "wanjax.json").unlink()
+    refused("lacks the tensor", "pipeline", out, again, out=again)

@@ -106,6 +106,7 @@ def test_spoiled_checkpoints(spoil, match, bench, monkeypatch):
 
 ENCODE = {
     "clip too short": (("--frames", 49), "has 25 frames at 16 fps and a window needs 49; .*25"),
+    "all too short": (("--frames", 49, "--skip-short", True), "No shot in clips is as long as one"),
     "frames": (("--frames", 10), "frames=10 is not 4n"),
     "height": (("--height", 40), "height=40 is not divisible by 16; use"),
     "width": (("--width", 50), "width=50 is not divisible by 16; use 48"),

@@ -13,11 +13,13 @@ class UserError(Exception):
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
     """A clause such as "; did you mean 'cross_attn'?" for a mistyped name, or the full choice."""
-    candidates = list(candidates)
+    candidates = sorted(candidates)
     close = difflib.get_close_matches(name, candidates, n=n, cutoff=0.5)
     if close:
         return "; did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
-    return "; choose from " + ", ".join(sorted(candidates)[:12]) + "."
+    if len(candidates) > 16:
+        return "; none of the names known here is like it, check what was given."
+    return "; choose from " + ", ".join(candidates) + "."
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -279,29 +278,29 @@ RUN = "from wanjax.errors import run_script; from convert.__main__ import main; 
 WAIT = "import time, convert.native as n; n.write_manifest = lambda *a: time.sleep(99);"
 
 
-def command(*arguments: object, program: str = RUN, **options) -> subprocess.Popen:
+def command(
+    *arguments: object, program: str = RUN, largest_file: int | str = "unlimited"
+) -> subprocess.Popen:
+    """`python -m convert ARGUMENTS`; no file grows larger than `largest_file` kilobytes."""
+    limit = ("bash", "-c", 'ulimit -f "$0"; exec "$@"', str(largest_file))
     return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)],
+        [*limit, sys.executable, "-c", program, *map(str, arguments)],
         cwd=Path(__file__).parents[1],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
 def test_a_full_disk_leaves_nothing_and_exits_with_2(sources, native, tmp_path):
     """A limit on file sizes fails in the middle of writing, just as a full disk does."""
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-
     for arguments in (
         ("pipeline", sources["official"], tmp_path / "dst"),
         ("export", native, tmp_path / "out", "--format", "official"),
         ("export", native, tmp_path / "out.safetensors", "--format", "comfyui"),
     ):
-        process = command(*arguments, preexec_fn=limit)
+        process = command(*arguments, largest_file=1000)
         _, errors = process.communicate(timeout=60)
         line = errors.strip().splitlines()[-1]
         assert process.returncode == 2 and line.startswith(f"error: {arguments[2]} could not be")

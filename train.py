@@ -24,7 +24,7 @@ from wanjax.metrics import MetricsLog
 from wanjax.outputs import require_writable, whole_file
 from wanjax.pipeline import parse_dtype
 from wanjax.progress import progress_bar
-from wanjax.training import FREE_TO_CHANGE, Trainer, check_config, stop_signals
+from wanjax.training import Trainer, check_config, free_to_change, stop_signals
 from wanjax.types import Batch
 from wanjax.weights import fingerprint, load_network, read_config, replace_network
 
@@ -37,7 +37,7 @@ def main() -> None:
     if job.settings.validate_every:
         features.source("validation")  # or a sentence, now and not at the first validation
     settings = describe(preset, job, features)
-    check_run(job.run, settings)
+    check_run(job.run, settings, free_to_change(job.settings))
 
     dtype = "float32" if job.settings.train == "full" else job.settings.dtype
     mesh = parse_mesh(job.mesh)
@@ -108,10 +108,10 @@ def digest(features: Features) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_run(run: Path, settings: dict) -> None:
-    """See that `run` is new, or that the run which stands there is this one."""
+def check_run(run: Path, settings: dict, free: frozenset[str]) -> None:
+    """See that `run` is new, or that the run which stands there is this one but for `free`."""
     if (run / RUN_FILE).exists():
-        check_resumable(run, settings, read_run(run), FREE_TO_CHANGE)
+        check_resumable(run, settings, read_run(run), free)
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run} exists and is not a run of train.py; choose another --run.")
     require_writable(run / RUN_FILE)

@@ -13,7 +13,16 @@ from wanjax import lora
 from wanjax.checkpoint import Checkpoints, check_resumable
 from wanjax.errors import UserError
 from wanjax.flow import flow_loss, losses_at, sample_times
-from wanjax.training import FREE_TO_CHANGE, TrainConfig, Trainer, place_batch, train_step
+from wanjax.training import (
+    FREE_TO_CHANGE,
+    TrainConfig,
+    Trainer,
+    check_config,
+    free_to_change,
+    make_optimizer,
+    place_batch,
+    train_step,
+)
 
 CONFIG = TrainConfig(rank=3, alpha=6, targets="all", learning_rate=1e-2, warmup=3, dtype="float32")
 
@@ -156,6 +165,22 @@ def test_resume_refuses_changed_settings_by_name(tmp_path):
     for name in sorted(saved.keys() - FREE_TO_CHANGE):
         with pytest.raises(UserError, match=f"{name}="):
             check_resumable(tmp_path, {**saved, name: "other"}, saved, FREE_TO_CHANGE)
+
+
+def test_the_cool_down_ends_at_zero_and_holds_the_number_of_steps():
+    config = replace(CONFIG, steps=20, warmup=4, cooldown=8, learning_rate=1.0, weight_decay=0.0)
+    optimizer = make_optimizer(config)
+    params = {"x": jnp.zeros(())}
+    state = optimizer.init(params)
+    moves = []
+    for _ in range(21):
+        change, state = optimizer.update({"x": jnp.ones(())}, state, params)
+        moves.append(-float(change["x"]))
+    expected = [0.25, 0.4375, 0.625, 0.8125, *[1.0] * 8, *np.linspace(1, 0, 9)]
+    np.testing.assert_allclose(moves, expected, atol=1e-4)
+    assert "steps" not in free_to_change(config) and "steps" in free_to_change(CONFIG)
+    with pytest.raises(UserError, match="do not fit into steps=10"):
+        check_config(replace(config, steps=10))
 
 
 def test_batches_that_do_not_divide_are_refused():

@@ -48,9 +48,11 @@ class TrainConfig:
     batch: int = 1
     """Windows per step."""
     learning_rate: float = 3e-5
-    """AdamW's, after the warm-up; constant from there."""
+    """AdamW's, after the warm-up; constant from there to the cool-down."""
     warmup: int = 20
     """Steps over which the learning rate rises from zero."""
+    cooldown: int = 0
+    """Last steps, over which the learning rate falls to zero; 0 for none."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     clip_norm: float = 1.0
@@ -79,8 +81,13 @@ FREE_TO_CHANGE = frozenset({"steps", "mesh", "checkpoint_every", "keep", "log_ev
 }
 
 
-_LEAST = {"rank": 1, "steps": 1, "batch": 1, "warmup": 0, "seed": 0, "checkpoint_every": 1}
-_LEAST |= {"keep": 1, "log_every": 1, "validate_every": 0}
+def free_to_change(config: TrainConfig) -> frozenset[str]:
+    """A cool-down hangs on the number of steps, which then has to stay."""
+    return FREE_TO_CHANGE - {"steps"} if config.cooldown else FREE_TO_CHANGE
+
+
+_LEAST = {"rank": 1, "steps": 1, "batch": 1, "warmup": 0, "cooldown": 0, "seed": 0}
+_LEAST |= {"checkpoint_every": 1, "keep": 1, "log_every": 1, "validate_every": 0}
 _POSITIVE = ("alpha", "learning_rate", "clip_norm", "shift")
 
 
@@ -92,6 +99,11 @@ def check_config(config: TrainConfig) -> None:
     for name in _POSITIVE:
         if not 0 < (value := getattr(config, name)) < math.inf:
             raise UserError(f"{name}={value:g} is not a positive number; use one above zero.")
+    if config.warmup + config.cooldown > config.steps and config.cooldown:
+        raise UserError(
+            f"warmup={config.warmup} and cooldown={config.cooldown} do not fit into "
+            f"steps={config.steps}; use fewer of them, or more steps."
+        )
 
 
 class TrainState(NamedTuple):
@@ -103,10 +115,13 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with a linear warm-up and clipping by global norm."""
-    rate = optax.linear_schedule(
-        config.learning_rate / max(config.warmup, 1), config.learning_rate, config.warmup
-    )
+    """AdamW with a linear warm-up and cool-down, and clipping by global norm."""
+    peak = config.learning_rate
+    rise = optax.linear_schedule(peak / max(config.warmup, 1), peak, config.warmup)
+    rate = rise
+    if config.cooldown:
+        fall = optax.linear_schedule(peak, 0.0, config.cooldown)
+        rate = optax.join_schedules([rise, fall], [config.steps - config.cooldown])
     adamw = optax.adamw(rate, weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 

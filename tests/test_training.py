@@ -167,6 +167,14 @@ def test_resume_refuses_changed_settings_by_name(tmp_path):
             check_resumable(tmp_path, {**saved, name: "other"}, saved, FREE_TO_CHANGE)
 
 
+def test_keeping_activations_changes_nothing_but_the_memory():
+    trainers = [Trainer(toy_dit(), replace(CONFIG, remat=remat)) for remat in (True, False)]
+    for i in range(2):
+        losses = [trainer.train(toy_batch(seed=i))["loss"] for trainer in trainers]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert trainers[0].graph != trainers[1].graph
+
+
 def test_the_cool_down_ends_at_zero_and_holds_the_number_of_steps():
     config = replace(CONFIG, steps=20, warmup=4, cooldown=8, learning_rate=1.0, weight_decay=0.0)
     optimizer = make_optimizer(config)

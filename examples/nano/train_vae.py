@@ -151,14 +151,23 @@ def loss_of(weights, graph, judge, video, key, lpips_weight):
 
 
 def crop(films: list[np.ndarray], frames: int, rng: np.random.Generator) -> np.ndarray:
-    """A random stretch of a random film, `frames` by CROP by CROP, perhaps mirrored or reversed."""
+    """A random stretch of a random film, `frames` by CROP by CROP, perhaps mirrored or reversed,
+    half of the time in other colours, of which the films have too few."""
     film = films[rng.integers(len(films))]
     first = rng.integers(len(film) - frames + 1)
     top, left = (rng.integers(n - CROP + 1) for n in film.shape[1:3])
     video = film[first : first + frames, top : top + CROP, left : left + CROP]
     if rng.integers(2):
         video = video[:, :, ::-1]
-    return video[::-1] if rng.integers(2) else video
+    if rng.integers(2):
+        video = video[::-1]
+    return recoloured(video, rng) if rng.integers(2) else video
+
+
+def recoloured(video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The channels changed about, each with a gain and an offset of its own."""
+    gain, offset = rng.uniform(0.6, 1.2, 3), rng.uniform(-30, 30, 3)
+    return np.clip(video[..., rng.permutation(3)] * gain + offset, 0, 255).astype(np.uint8)
 
 
 def with_statistics(vae: VAE, films: list[np.ndarray], count: int = 64) -> VAE:

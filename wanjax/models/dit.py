@@ -199,6 +199,7 @@ class DiT(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
         self.config = config
+        self.remat = True  # keep a block's input alone for its gradient, and compute it again
         d = config.dim
         self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
         self.text_embed = Mlp(config.text_dim, d, d, dtype=dtype, rngs=rngs)
@@ -231,11 +232,10 @@ class DiT(nnx.Module):
         image = None if image is None else self.image_embed(image.astype(text.dtype))
         rotary = rotary_table(grid, self.config.head_size)
 
-        @jax.checkpoint
         def step(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
             return block(x, time_blocks, text, image, rotary), None
 
-        x, _ = jax.lax.scan(step, x, self.blocks)
+        x, _ = jax.lax.scan(jax.checkpoint(step) if self.remat else step, x, self.blocks)
         x = constrain(self.head(x, time), "batch", "tokens", None)
         (t, h, w), (a, b, c) = grid, self.config.patch_size
         return rearrange(

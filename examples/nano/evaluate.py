@@ -1,0 +1,189 @@
+"""Measure a nano base on films that it was not trained on, and say what it beats.
+
+    python -m examples.nano.evaluate --checkpoint N/run/model --untrained N/base \\
+        --films N/films --features N/features --out N/evaluation      # N: build/nano
+
+Of every held-out shot the first window is taken: how well the VAE gives it back, with the change
+from frame to frame at the borders of its chunks and inside; the denoiser's loss; and a video from
+its first frame and caption, against the real continuation. The same for the untrained model and for
+the first frame held still. Intervals are bootstraps over shots.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from configs import PRESETS
+from examples.nano.stills import FPS, FRAMES, HEIGHT, WIDTH
+from wanjax.data.clips import Window, read_dataset, windows
+from wanjax.data.features import Features
+from wanjax.data.framing import fit
+from wanjax.data.loader import collate
+from wanjax.data.video import write_video
+from wanjax.errors import UserError, run_script
+from wanjax.eval.bootstrap import bootstrap_mean
+from wanjax.eval.lpips import LPIPS
+from wanjax.flow import losses_at
+from wanjax.pipeline import Conditioned, Pipeline
+from wanjax.progress import progress_bar
+from wanjax.training import VALIDATION_TIMES
+from wanjax.types import Batch
+
+Video = Float[np.ndarray, "T H W 3"]  # in [-1, 1]
+LATER = slice(8, None)  # frames 9 to 33: what the first frame does not give away
+CHUNK = 4  # frames to a latent
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint to be measured, and how it samples."""
+
+    name: str
+    pipeline: Pipeline
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="native folder to measure")
+    parser.add_argument("--untrained", type=Path, required=True, help="what it began as")
+    parser.add_argument("--films", type=Path, required=True, help="folder of the films")
+    parser.add_argument("--features", type=Path, required=True, help="their features cache")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--splits", default="validation,test")
+    parser.add_argument("--most", type=int, default=1000, help="shots at most")
+    arguments = parser.parse_args()
+    cut = held_out(arguments.films, arguments.splits.split(","))[: arguments.most]
+    features = Features.open(arguments.features)
+    trained = Model("trained", Pipeline.load(arguments.checkpoint, dtype="float32"))
+    untrained = Model("untrained", Pipeline.load(arguments.untrained, dtype="float32"))
+    judge = LPIPS("alexnet")
+    (arguments.out / "videos").mkdir(parents=True, exist_ok=True)
+    rows = []
+    with progress_bar("Measuring", len(cut)) as bar:
+        for window in cut:
+            row, strip = measure(window, features, trained, untrained, judge)
+            rows.append(row)
+            name = window.name.replace("/", "_")
+            write_video(arguments.out / "videos" / f"{name}.mp4", strip, FPS)
+            bar.advance(note=window.name)
+    report = {"summary": summary(rows), "shots": rows}
+    (arguments.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    for name, value in report["summary"].items():
+        print(f"{name:45} {value}")
+
+
+def held_out(films: Path, splits: Iterable[str]) -> list[Window]:
+    """The first window of every shot of these splits."""
+    first = {}
+    for window in windows(read_dataset(films), FRAMES, FPS):
+        if window.shot.split in set(splits):
+            first.setdefault(window.shot, window)
+    if not first:
+        raise UserError(f"{films} has no shot in the splits asked for; give others by --splits.")
+    return list(first.values())
+
+
+def measure(
+    window: Window, features: Features, trained: Model, untrained: Model, judge: LPIPS
+) -> tuple[dict, np.ndarray]:
+    """Figures of one shot; and truth, reconstruction and video one above the other, uint8."""
+    truth = signed(fit(window.read().frames, HEIGHT, WIDTH))
+    vae = trained.pipeline.vae
+    again = np.asarray(vae.decode(vae.encode(truth[None])))[0]
+    still = np.broadcast_to(truth[:1], truth.shape)
+    batch = collate([features.example(window.name)])
+    row = {"name": window.name, "split": window.shot.split, "caption": window.shot.caption}
+    row |= {"vae_psnr": psnr(again, truth), "vae_lpips": distance(judge, again, truth)}
+    row |= borders(again, truth)
+    row["still_lpips"] = distance(judge, still[LATER], truth[LATER])
+    row["truth_motion"] = motion(truth)
+    for model in (trained, untrained):
+        video = sample(model.pipeline, batch)
+        found = {
+            "loss": loss(model.pipeline, batch),
+            "lpips": distance(judge, video[LATER], truth[LATER]),
+            "first_frame_psnr": psnr(video[0], again[0]),
+            "motion": motion(video) / row["truth_motion"],
+        }
+        row |= {f"{model.name}_{key}": value for key, value in found.items()}
+        if model is trained:
+            shown = video
+    strip = np.concatenate([truth, again, shown], axis=1)
+    return row, np.clip((strip + 1) * 127.5, 0, 255).round().astype(np.uint8)
+
+
+def signed(frames: np.ndarray) -> Video:
+    return frames.astype(np.float32) / 127.5 - 1
+
+
+def psnr(a: Video, b: Video) -> float:
+    """Decibels, against a range of 2."""
+    return float(10 * np.log10(4 / np.mean((a - b) ** 2)))
+
+
+def distance(judge: LPIPS, a: Video, b: Video) -> float:
+    """Mean LPIPS of frames."""
+    return float(jax.jit(judge.__call__)(jnp.asarray(a), jnp.asarray(b)).mean())
+
+
+def motion(video: Video) -> float:
+    """Mean change of a pixel from frame to frame."""
+    return float(np.abs(np.diff(video, axis=0)).mean())
+
+
+def borders(again: Video, truth: Video) -> dict[str, float]:
+    """How much more frames change in the reconstruction than in the film, between chunks of the
+    VAE and inside of them. Equal ratios: no flicker at the borders."""
+    ratio = np.abs(np.diff(again, axis=0)).mean((1, 2, 3))
+    ratio = ratio / (np.abs(np.diff(truth, axis=0)).mean((1, 2, 3)) + 1e-4)
+    between = np.arange(len(ratio)) % CHUNK == 0
+    return {
+        "border_change": float(ratio[between].mean()),
+        "inner_change": float(ratio[~between].mean()),
+    }
+
+
+def sample(pipeline: Pipeline, batch: Batch) -> Video:
+    """A video from the window's own condition, as the preset samples it."""
+    preset = PRESETS["nano"].sample
+    given = Conditioned(batch.condition, batch.condition, HEIGHT, WIDTH, FRAMES)
+    video = pipeline.generate(
+        given, steps=preset.steps, guidance=1.0, shift=preset.shift, solver=preset.solver, seed=0
+    )
+    return np.asarray(video) * 2 - 1
+
+
+def loss(pipeline: Pipeline, batch: Batch) -> float:
+    """The flow-matching loss, as training validates it."""
+    noise = jax.random.normal(jax.random.key(0), batch.latents.shape)
+    at = jax.jit(losses_at)
+    losses = [at(pipeline.dit, batch, jnp.full(1, t), noise)[0] for t in VALIDATION_TIMES]
+    return float(np.mean(losses))
+
+
+def summary(rows: list[dict]) -> dict[str, str]:
+    """Means over shots with their intervals, and the comparisons in pairs."""
+    column = {key: np.asarray([row[key] for row in rows]) for key in rows[0] if key[-4:] != "name"}
+    numbers = {k: v for k, v in column.items() if np.issubdtype(v.dtype, np.floating)}
+    pairs = {
+        "lpips: still less trained (above 0: beaten)": "still_lpips trained_lpips",
+        "lpips: untrained less trained": "untrained_lpips trained_lpips",
+        "loss: untrained less trained": "untrained_loss trained_loss",
+        "change at borders less inside": "border_change inner_change",
+    }
+    found = {name: str(bootstrap_mean(values)) for name, values in numbers.items()}
+    for label, names in pairs.items():
+        a, b = (numbers[name] for name in names.split())
+        found[label] = str(bootstrap_mean(a - b))
+    return {"shots": str(len(rows)), **found}
+
+
+if __name__ == "__main__":
+    run_script(main)

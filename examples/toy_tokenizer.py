@@ -6,7 +6,9 @@ transformers' `AutoTokenizer`, which give the same ids.
 """
 
 import json
-from collections.abc import Iterable
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -18,8 +20,11 @@ SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_t
 def train_toy_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 512) -> int:
     """Train on `texts` and write the folder; returns how many entries there are (<= `vocab_size`).
 
-    Printable ASCII is always covered, so that English prompts never become unknown.
+    Printable ASCII is always covered, so that English prompts never become unknown. The words of
+    the texts are entries too, the most frequent ones if there are too many: the trainer itself
+    counts each word once, and so finds no piece that is a whole word.
     """
+    texts = list(texts)
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Replace(Regex(" {2,}"), " ")
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
@@ -32,6 +37,8 @@ def train_toy_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: in
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    vocabulary = _with_words(json.loads(tokenizer.to_str())["model"]["vocab"], texts, vocab_size)
+    tokenizer.model = models.Unigram(vocabulary, list(SPECIAL).index("unk_token"), False)
     end = SPECIAL["eos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {end}",
@@ -49,3 +56,13 @@ def train_toy_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: in
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     tokenizer.save(str(folder / "tokenizer.json"))
     return tokenizer.get_vocab_size()
+
+
+def _with_words(
+    pieces: Sequence[tuple[str, float]], texts: Sequence[str], most: int
+) -> list[tuple[str, float]]:
+    """Pieces and their log-probabilities, joined by whole words with theirs, `most` in all."""
+    counts = Counter("▁" + word for text in texts for word in text.split(" ") if word)
+    words = {word: math.log(n / counts.total()) for word, n in counts.most_common()}
+    scores = {piece: words.pop(piece, score) for piece, score in pieces}
+    return [*scores.items(), *words.items()][:most]

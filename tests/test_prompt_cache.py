@@ -45,13 +45,12 @@ def test_the_folder_follows_xdg(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_second_pipeline_does_not_load_the_encoder(tmp_path, monkeypatch, dtype):
-    from examples.nano_random import write_random_nano
+    from tests.scripts import write_checkpoint
     from wanjax import Pipeline
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    frames = np.random.default_rng(0).integers(0, 255, (1, 16, 16, 3)).astype(np.uint8)
-    write_random_nano(tmp_path / "nano", ["a rabbit"], frames)
-    first = Pipeline.load(tmp_path / "nano", dtype=dtype).encode_prompts(["a rabbit", "a bird"])
-    second = Pipeline.load(tmp_path / "nano", dtype=dtype)
+    write_checkpoint(tmp_path / "ck", only=("dit", "text_encoder"))
+    first = Pipeline.load(tmp_path / "ck", dtype=dtype).encode_prompts(["a rabbit", "a bird"])
+    second = Pipeline.load(tmp_path / "ck", dtype=dtype)
     monkeypatch.setattr(type(second), "text_encoder", property(lambda _: pytest.fail("loaded")))
     np.testing.assert_array_equal(second.encode_prompts(["a rabbit", "a bird"]), first)

@@ -15,12 +15,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from configs import PRESETS
+from examples.measures import (
+    borders,
+    flow_loss_of,
+    lpips,
+    motion,
+    pixels,
+    psnr,
+    sample_from,
+    signed,
+)
 from examples.nano.stills import FPS, FRAMES, HEIGHT, WIDTH
 from wanjax.data.clips import Window, read_dataset, windows
 from wanjax.data.features import Features
@@ -30,15 +37,10 @@ from wanjax.data.video import write_video
 from wanjax.errors import UserError, run_script
 from wanjax.eval.bootstrap import bootstrap_mean
 from wanjax.eval.lpips import LPIPS
-from wanjax.flow import losses_at
-from wanjax.pipeline import Conditioned, Pipeline
+from wanjax.pipeline import Pipeline
 from wanjax.progress import progress_bar
-from wanjax.training import VALIDATION_TIMES
-from wanjax.types import Batch
 
-Video = Float[np.ndarray, "T H W 3"]  # in [-1, 1]
 LATER = slice(8, None)  # frames 9 to 33: what the first frame does not give away
-CHUNK = 4  # frames to a latent
 
 
 @dataclass(frozen=True)
@@ -100,72 +102,22 @@ def measure(
     still = np.broadcast_to(truth[:1], truth.shape)
     batch = collate([features.example(window.name)])
     row = {"name": window.name, "split": window.shot.split, "caption": window.shot.caption}
-    row |= {"vae_psnr": psnr(again, truth), "vae_lpips": distance(judge, again, truth)}
+    row |= {"vae_psnr": psnr(again, truth), "vae_lpips": lpips(judge, again, truth)}
     row |= borders(again, truth)
-    row["still_lpips"] = distance(judge, still[LATER], truth[LATER])
+    row["still_lpips"] = lpips(judge, still[LATER], truth[LATER])
     row["truth_motion"] = motion(truth)
     for model in (trained, untrained):
-        video = sample(model.pipeline, batch)
+        video = sample_from(model.pipeline, batch, PRESETS["nano"].sample)
         found = {
-            "loss": loss(model.pipeline, batch),
-            "lpips": distance(judge, video[LATER], truth[LATER]),
+            "loss": float(flow_loss_of(model.pipeline, batch)[0]),
+            "lpips": lpips(judge, video[LATER], truth[LATER]),
             "first_frame_psnr": psnr(video[0], again[0]),
             "motion": motion(video) / row["truth_motion"],
         }
         row |= {f"{model.name}_{key}": value for key, value in found.items()}
         if model is trained:
             shown = video
-    strip = np.concatenate([truth, again, shown], axis=1)
-    return row, np.clip((strip + 1) * 127.5, 0, 255).round().astype(np.uint8)
-
-
-def signed(frames: np.ndarray) -> Video:
-    return frames.astype(np.float32) / 127.5 - 1
-
-
-def psnr(a: Video, b: Video) -> float:
-    """Decibels, against a range of 2."""
-    return float(10 * np.log10(4 / np.mean((a - b) ** 2)))
-
-
-def distance(judge: LPIPS, a: Video, b: Video) -> float:
-    """Mean LPIPS of frames."""
-    return float(jax.jit(judge.__call__)(jnp.asarray(a), jnp.asarray(b)).mean())
-
-
-def motion(video: Video) -> float:
-    """Mean change of a pixel from frame to frame."""
-    return float(np.abs(np.diff(video, axis=0)).mean())
-
-
-def borders(again: Video, truth: Video) -> dict[str, float]:
-    """How much more frames change in the reconstruction than in the film, between chunks of the
-    VAE and inside of them. Equal ratios: no flicker at the borders."""
-    ratio = np.abs(np.diff(again, axis=0)).mean((1, 2, 3))
-    ratio = ratio / (np.abs(np.diff(truth, axis=0)).mean((1, 2, 3)) + 1e-4)
-    between = np.arange(len(ratio)) % CHUNK == 0
-    return {
-        "border_change": float(ratio[between].mean()),
-        "inner_change": float(ratio[~between].mean()),
-    }
-
-
-def sample(pipeline: Pipeline, batch: Batch) -> Video:
-    """A video from the window's own condition, as the preset samples it."""
-    preset = PRESETS["nano"].sample
-    given = Conditioned(batch.condition, batch.condition, HEIGHT, WIDTH, FRAMES)
-    video = pipeline.generate(
-        given, steps=preset.steps, guidance=1.0, shift=preset.shift, solver=preset.solver, seed=0
-    )
-    return np.asarray(video) * 2 - 1
-
-
-def loss(pipeline: Pipeline, batch: Batch) -> float:
-    """The flow-matching loss, as training validates it."""
-    noise = jax.random.normal(jax.random.key(0), batch.latents.shape)
-    at = jax.jit(losses_at)
-    losses = [at(pipeline.dit, batch, jnp.full(1, t), noise)[0] for t in VALIDATION_TIMES]
-    return float(np.mean(losses))
+    return row, pixels(np.concatenate([truth, again, shown], axis=1))
 
 
 def summary(rows: list[dict]) -> dict[str, str]:

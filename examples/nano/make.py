@@ -11,8 +11,6 @@ import argparse
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +18,19 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 
+from examples.commands import run
 from examples.nano.stills import FPS, FRAMES, HEIGHT, WIDTH
 from wanjax.errors import UserError, run_script
 from wanjax.models.dit import DiT
 from wanjax.models.presets import ARCHITECTURES
 from wanjax.weights import load_network, save_native
 
-ROOT = Path(__file__).resolve().parents[2]
-DIT = replace(ARCHITECTURES["nano"]["dit"], dim=192, ffn_dim=576, num_layers=5, num_heads=3)
+DIT = replace(
+    ARCHITECTURES["nano"]["dit"], dim=192, ffn_dim=576, num_layers=4, num_heads=3, text_len=512
+)
 STRIDE = 4  # frames between windows of one shot
-TRAINING = ("--steps", 2400, "--batch", 8, "--learning-rate", 1.5e-3, "--warmup", 100)
-TRAINING += ("--cooldown", 800, "--shift", 3, "--remat", False, "--checkpoint-every", 200)
+TRAINING = ("--steps", 1800, "--batch", 8, "--learning-rate", 1.5e-3, "--warmup", 100)
+TRAINING += ("--cooldown", 700, "--shift", 3, "--remat", False, "--checkpoint-every", 200)
 LARGEST = 12_000_000  # bytes that assets/nano may have in all
 
 
@@ -52,8 +52,8 @@ def main() -> None:
     size = ("--frames", FRAMES, "--height", HEIGHT, "--width", WIDTH, "--fps", FPS)
     cut = ("--data", films, "--checkpoint", base, "--out", features, "--stride", STRIDE)
     stage(out, features, "encode.py", "nano", *cut, *size)
-    run = ("--features", features, "--checkpoint", base, "--run", out / "run", "--train", "full")
-    stage(out, out / "run/model", "train.py", "nano", *run, *TRAINING)
+    job = ("--features", features, "--checkpoint", base, "--run", out / "run", "--train", "full")
+    stage(out, out / "run/model", "train.py", "nano", *job, *TRAINING)
     export(out, (arguments.assets or out / "assets").resolve())
 
 
@@ -62,15 +62,13 @@ def module(name: str) -> tuple[str, str]:
 
 
 def stage(out: Path, result: Path, *words: object) -> None:
-    """Run one command, unless its result is there."""
+    """Run one command and note what it took, unless its result is there."""
     if result.exists():
         return
-    command = [str(word) for word in words]
-    print("\n$ python " + shlex.join(command), flush=True)
     begun = time.perf_counter()
-    if code := subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-        sys.exit(code)
-    note = {"command": shlex.join(command), "seconds": round(time.perf_counter() - begun, 1)}
+    run(*words)
+    seconds = round(time.perf_counter() - begun, 1)
+    note = {"command": shlex.join(map(str, words)), "seconds": seconds}
     with (out / "stages.jsonl").open("a") as log:
         log.write(json.dumps(note) + "\n")
 

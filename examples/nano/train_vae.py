@@ -4,8 +4,8 @@ in use.
     python -m examples.nano.train_vae --films build/nano/films --out build/nano/vae
 
 It learns single frames first, which are cheap, and then short videos. What looks at earlier frames
-starts as zero, and what changes the number of frames as a copy, so that a frame VAE is where the
-video VAE begins. The mean and std of its latents are measured at the end and stored in its config.
+starts as zero, and what makes more of them as a cross-fade, so that a frame VAE is where the video
+VAE begins. The mean and std of its latents are measured at the end and stored in its config.
 """
 
 import argparse
@@ -18,14 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon
 
 from examples.nano.loop import train
 from examples.nano.stills import FPS, FRAMES, HEIGHT, WIDTH
+from wanjax.causal import CausalConv
 from wanjax.data.clips import read_dataset, windows
 from wanjax.data.framing import fit
 from wanjax.errors import UserError, run_script
 from wanjax.eval.lpips import LPIPS
-from wanjax.models.vae import VAE, Downsample, Upsample, VAEConfig
+from wanjax.models.vae import VAE, Downsample, ResidualBlock, Upsample, VAEConfig
 from wanjax.progress import progress_bar
 from wanjax.weights import save_native
 
@@ -34,21 +36,22 @@ CONFIG = VAEConfig(base_dim=12, num_res_blocks=1, latents_mean=(0.0,) * 16, late
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps on crops of `frames` frames, `batch` at a time, with LPIPS weighted by `lpips`."""
+    """Steps on crops of `frames` frames, `batch` at a time, with LPIPS weighted by `lpips`; the
+    learning rate falls from `rate` to zero."""
 
     name: str
     steps: int
     frames: int
     batch: int
     lpips: float
+    rate: float
 
 
 STAGES = (
-    Stage("frames", steps=4000, frames=1, batch=8, lpips=0.05),
-    Stage("videos", steps=2200, frames=9, batch=2, lpips=0.1),
+    Stage("frames", steps=3000, frames=1, batch=8, lpips=0.2, rate=5e-3),
+    Stage("videos", steps=1800, frames=9, batch=2, lpips=0.3, rate=3e-3),
 )
-CROP = 64
-LEARNING_RATE, KL_WEIGHT = 1.5e-3, 1e-6
+CROP, KL_WEIGHT = 64, 1e-6
 
 
 def main() -> None:
@@ -61,9 +64,8 @@ def main() -> None:
     films = read_films(arguments.films, "train")
     vae = first_vae(arguments.seed)
     stages = [replace(s, steps=max(1, int(s.steps * arguments.scale))) for s in STAGES]
-    for number, stage in enumerate(stages):
-        last = number == len(stages) - 1
-        vae = train_stage(vae, stage, films, arguments.out / stage.name, arguments.seed, last)
+    for stage in stages:
+        vae = train_stage(vae, stage, films, arguments.out / stage.name, arguments.seed)
     vae = with_statistics(vae, films)
     if not (arguments.out / "native").exists():
         save_native(arguments.out / "native", {"vae": vae})
@@ -83,34 +85,39 @@ def read_films(folder: Path, split: str) -> list[np.ndarray]:
 
 
 def first_vae(seed: int) -> VAE:
-    """A VAE that treats each frame alone, and repeats frames where it makes more of them."""
+    """A VAE that treats each frame alone, residual blocks that do nothing yet, and between the
+    latents of two chunks a cross-fade: what is learnt from here is detail, and then motion."""
     vae = VAE(CONFIG, rngs=nnx.Rngs(seed))
     for _, module in nnx.iter_modules(vae):
-        kernel = getattr(module, "kernel", None)
-        if kernel is not None and kernel.ndim == 5 and kernel.shape[0] == 3:
-            kernel[...] = kernel[...].at[:-1].set(0)
+        if isinstance(module, ResidualBlock):
+            module.conv_out.kernel[...] = jnp.zeros_like(module.conv_out.kernel[...])
+        elif isinstance(module, CausalConv) and module.kernel.shape[:2] == (3, 3):
+            module.kernel[...] = module.kernel[...].at[:-1].set(0)
     for _, module in nnx.iter_modules(vae):
         if isinstance(module, Downsample | Upsample) and module.time is not None:
-            kernel = module.time.kernel
-            same = jnp.eye(kernel.shape[-2])
-            copies = kernel.shape[-1] // kernel.shape[-2]
-            taps = jnp.zeros(kernel.shape[:1]).at[1:].set(0.5) if copies == 1 else jnp.eye(3)[2]
-            kernel[...] = (taps[:, None, None] * jnp.tile(same, copies))[:, None, None]
+            module.time.kernel[...] = _in_between(*module.time.kernel.shape[-2:])
     return vae
 
 
-def train_stage(
-    vae: VAE, stage: Stage, films: list[np.ndarray], run: Path, seed: int, last: bool
-) -> VAE:
-    """The VAE after one stage; the last one ends with a learning rate of zero."""
+def _in_between(d_in: int, d_out: int) -> jax.Array:
+    """A kernel `3 1 1 C C2` that takes the later of two frames; or that makes two frames of one,
+    itself and before it the mean with the one before."""
+    same, none = jnp.eye(d_in), jnp.zeros((d_in, d_in))
+    if d_in == d_out:
+        taps = [none, none, same]
+    else:
+        pairs = (none, none), (same / 2, none), (same / 2, same)
+        taps = [jnp.concatenate(pair, axis=1) for pair in pairs]
+    return jnp.stack(taps)[:, None, None]
+
+
+def train_stage(vae: VAE, stage: Stage, films: list[np.ndarray], run: Path, seed: int) -> VAE:
+    """The VAE after one stage, or after what is left of it."""
     graph, weights = nnx.split(vae)
-    peak = LEARNING_RATE if not last else LEARNING_RATE * 0.7
     rate = optax.warmup_cosine_decay_schedule(
-        0.0, peak, min(100, stage.steps // 4), stage.steps, 0.0 if last else peak * 0.4
+        0.0, stage.rate, min(50, stage.steps // 4), stage.steps
     )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-4)
-    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), muon_of(rate))
     judge = LPIPS("alexnet")
 
     @partial(jax.jit, donate_argnums=0)
@@ -131,6 +138,21 @@ def train_stage(
     state = (weights, optimizer.init(weights))
     state = train(f"VAE, {stage.name}", run, stage.steps, state, step_of)
     return nnx.merge(graph, state[0])
+
+
+def muon_of(rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon for the kernels and Adam for vectors, with steps of equal size (Jordan 2024; Liu et al.,
+    arXiv 2502.16982). A convolution's kernel is a matrix from all that it sees to its channels."""
+
+    def matrices(weights):
+        return jax.tree.map(
+            lambda x: (
+                MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1) if x.ndim > 1 else None
+            ),
+            weights,
+        )
+
+    return muon(rate, muon_weight_dimension_numbers=matrices, consistent_rms=0.2, adam_b2=0.99)
 
 
 def loss_of(weights, graph, judge, video, key, lpips_weight):

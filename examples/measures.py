@@ -1,0 +1,94 @@
+"""What the examples measure of videos. Videos are `T H W 3` in [-1, 1] unless said otherwise."""
+
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from wanjax.eval.lpips import LPIPS
+from wanjax.flow import losses_at
+from wanjax.pipeline import Conditioned, Pipeline
+from wanjax.training import VALIDATION_TIMES
+from wanjax.types import Batch
+
+Video = Float[np.ndarray, "T H W 3"]
+CHUNK = 4  # frames to a latent
+
+
+def signed(frames: UInt8[np.ndarray, "T H W 3"]) -> Video:
+    """Pixels as the networks see them."""
+    return frames.astype(np.float32) / 127.5 - 1
+
+
+def pixels(video: Video) -> UInt8[np.ndarray, "T H W 3"]:
+    """The inverse of `signed`."""
+    return np.clip((video + 1) * 127.5, 0, 255).round().astype(np.uint8)
+
+
+def psnr(a: Video, b: Video) -> float:
+    """Decibels, against a range of 2."""
+    return float(10 * np.log10(4 / np.mean((a - b) ** 2)))
+
+
+def lpips(judge: LPIPS, a: Video, b: Video) -> float:
+    """Mean LPIPS of frames."""
+    return float(_lpips(judge, jnp.asarray(a), jnp.asarray(b)).mean())
+
+
+_lpips = jax.jit(LPIPS.__call__)
+
+
+def motion(video: Video) -> float:
+    """Mean change of a pixel from frame to frame."""
+    return float(np.abs(np.diff(video, axis=0)).mean())
+
+
+def borders(again: Video, truth: Video) -> dict[str, float]:
+    """How much more frames change in the reconstruction than in the film, between chunks of the
+    VAE and inside of them. Equal ratios: no flicker at the borders."""
+    ratio = np.abs(np.diff(again, axis=0)).mean((1, 2, 3))
+    ratio = ratio / (np.abs(np.diff(truth, axis=0)).mean((1, 2, 3)) + 1e-4)
+    between = np.arange(len(ratio)) % CHUNK == 0
+    return {
+        "border_change": float(ratio[between].mean()),
+        "inner_change": float(ratio[~between].mean()),
+    }
+
+
+def flow_loss_of(pipeline: Pipeline, batch: Batch, draws: int = 1) -> Float[np.ndarray, " B"]:
+    """Every example's flow-matching loss, the mean over fixed times and `draws` fixed noises."""
+    total = np.zeros(len(batch.latents))
+    for draw in range(draws):
+        noise = jax.random.normal(jax.random.key(draw), batch.latents.shape)
+        for time in VALIDATION_TIMES:
+            times = jnp.full(len(total), time)
+            total += np.asarray(_losses_at(pipeline.dit, batch, times, noise))
+    return total / (draws * len(VALIDATION_TIMES))
+
+
+_losses_at = jax.jit(losses_at)
+
+
+def sample_from(pipeline: Pipeline, batch: Batch, settings, seed: int = 0) -> Video:
+    """The video of the one example's own condition, as `settings`, a preset's `SampleJob`, say."""
+    _, latents, height, width, _ = batch.latents.shape
+    frames = CHUNK * (latents - 1) + 1
+    given = Conditioned(batch.condition, batch.condition, 8 * height, 8 * width, frames)
+    video = pipeline.generate(
+        given,
+        steps=settings.steps,
+        guidance=1.0,
+        shift=settings.shift,
+        solver=settings.solver,
+        seed=seed,
+    )
+    return np.asarray(video) * 2 - 1
+
+
+def digest(folder: Path) -> dict[str, int]:
+    """A number for every file in the folder, which changes when the file does."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): zlib.crc32(file.read_bytes()) for file in files}

@@ -86,6 +86,8 @@ def constrain_state(tree: Any) -> Any:
     def hold(leaf: nnx.Variable | jax.Array) -> nnx.Variable | jax.Array:
         if not isinstance(leaf, nnx.Variable):
             return constrain(leaf, *[None] * leaf.ndim)
+        if not isinstance(leaf.get_value(), jax.Array):
+            return leaf  # an optimizer of two parts leaves gaps in the state of each
         axes = leaf.get_metadata().get("axes") or ()
         return leaf.replace(constrain(leaf[...], *axes))
 

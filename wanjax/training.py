@@ -21,6 +21,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Float
+from optax.contrib import MuonDimensionNumbers, muon
 
 from wanjax import lora
 from wanjax.checkpoint import Checkpoints
@@ -47,14 +48,16 @@ class TrainConfig:
     """Optimizer steps in all; a run that has fewer goes on from its last checkpoint."""
     batch: int = 1
     """Windows per step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: the blocks' matrices by Muon, all else by AdamW; on one device."""
     learning_rate: float = 3e-5
-    """AdamW's, after the warm-up; constant from there to the cool-down."""
+    """The optimizer's, after the warm-up; constant from there to the cool-down."""
     warmup: int = 20
     """Steps over which the learning rate rises from zero."""
     cooldown: int = 0
     """Last steps, over which the learning rate falls to zero; 0 for none."""
     weight_decay: float = 0.01
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     clip_norm: float = 1.0
     """Gradients of a larger norm are scaled down to it."""
     shift: float = 5.0
@@ -118,15 +121,33 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with a linear warm-up and cool-down, and clipping by global norm."""
+    """AdamW or Muon with a linear warm-up and cool-down, and clipping by global norm."""
     peak = config.learning_rate
     rise = optax.linear_schedule(peak / max(config.warmup, 1), peak, config.warmup)
     rate = rise
     if config.cooldown:
         fall = optax.linear_schedule(peak, 0.0, config.cooldown)
         rate = optax.join_schedules([rise, fall], [config.steps - config.cooldown])
-    adamw = optax.adamw(rate, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    decay = config.weight_decay
+    if config.optimizer == "muon":
+        matrices = {"muon_weight_dimension_numbers": _matrices, "consistent_rms": 0.2}
+        by = muon(rate, weight_decay=decay, adam_weight_decay=decay, **matrices)
+    else:
+        by = optax.adamw(rate, weight_decay=decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), by)
+
+
+def _matrices(params: nnx.State) -> Any:
+    """Which parameters are matrices to Muon (Jordan 2024), and over which axes: the kernels and
+    adapters of the blocks, each layer of a stack on its own. With `consistent_rms` their steps are
+    as large as AdamW's, and take the same learning rate (Liu et al., arXiv 2502.16982)."""
+
+    def axes(path: tuple, x: jax.Array) -> MuonDimensionNumbers | None:
+        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        inside = names[0] == "blocks" and names[-1] in ("kernel", "down", "up")
+        return MuonDimensionNumbers(-2, -1) if inside else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def prepare_model(model: DiT, config: TrainConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -216,6 +237,8 @@ class Trainer:
 
     def __init__(self, model: DiT, config: TrainConfig, mesh: Mesh | None = None):
         check_config(config)
+        if config.optimizer == "muon" and mesh is not None and mesh.size > 1:
+            raise UserError("optimizer=muon runs on one device; leave the mesh out, or use adamw.")
         self.config, self.mesh = config, mesh
         self.graph, trained, self.frozen = prepare_model(model, config)
         self.optimizer = make_optimizer(config)

@@ -31,7 +31,8 @@ from wanjax.weights import fingerprint, load_network, read_config, replace_netwo
 
 def main() -> None:
     preset, job = command_line(lambda preset: preset.train, __doc__)
-    check_config(job.settings)
+    mesh = parse_mesh(job.mesh)
+    check_config(job.settings, mesh)
     features = Features.open(job.features)
     check_belongs(features, job)
     if job.settings.validate_every:
@@ -40,7 +41,6 @@ def main() -> None:
     check_run(job.run, settings, free_to_change(job.settings))
 
     dtype = "float32" if job.settings.train == "full" else job.settings.dtype
-    mesh = parse_mesh(job.mesh)
     dit = load_network(job.checkpoint, "dit", dtype=parse_dtype(dtype), mesh=mesh)
     trainer = Trainer(dit, job.settings, mesh)
     loader = make_loader(

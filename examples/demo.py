@@ -10,21 +10,20 @@ of the project's own commands, printed as it is run.
 
 import argparse
 import json
-import shlex
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from configs import PRESETS
+from examples.commands import ROOT, run, say
 from examples.nano.films import packaged_bunny
 from examples.nano_random import write_random_nano
+from examples.sheet import contact_sheet
 from wanjax.checkpoint import Checkpoints
 from wanjax.conditioning import size_for
 from wanjax.data.clips import read_dataset, windows
@@ -37,7 +36,6 @@ from wanjax.flow import losses_at
 from wanjax.pipeline import Pipeline
 from wanjax.types import Batch, Condition
 
-ROOT = Path(__file__).resolve().parents[1]
 CAPTION = "A big white rabbit stands in a green meadow, animated film"
 FRAMES, FPS, AREA, STEPS = 33, 16, 64 * 114, 400
 MARKER = ".wanjax-demo"
@@ -57,7 +55,7 @@ def main() -> None:
     prepare(out, clip, arguments.caption, height, width)
     train_and_sample(out, arguments.caption, arguments.steps)
     report = {"clip": clip.name} | measure(out, height, width)
-    contact_sheet(out, height, width)
+    write_sheet(out, height, width)
     report["seconds"] = round(time.perf_counter() - start)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     conclude(out, report)
@@ -94,18 +92,6 @@ def train_and_sample(out: Path, caption: str, steps: int) -> None:
     run("sample.py", "nano", *sample, "--out", out / "before.mp4")
     run("sample.py", "nano", *sample, "--lora", out / "run", "--out", out / "after.mp4")
     run("-m", "convert", "lora", out / "run", out / "adapter.safetensors", "--format", "comfyui")
-
-
-def run(*words: object) -> None:
-    """Run one of the project's commands, showing it; its failure ends the demo."""
-    command = [str(word) for word in words]
-    say("$ python " + shlex.join(command))
-    if code := subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-        sys.exit(code)
-
-
-def say(text: str) -> None:
-    print(f"\n{text}", flush=True)
 
 
 def measure(out: Path, height: int, width: int) -> dict:
@@ -151,26 +137,12 @@ def condition_losses(out: Path) -> tuple[float, float]:
     return sums[0], sums[1]
 
 
-def contact_sheet(out: Path, height: int, width: int) -> None:
-    """Rows: the film, before, after; columns: five moments. Saved as contact_sheet.png."""
+def write_sheet(out: Path, height: int, width: int) -> None:
+    """contact_sheet.png: the film, before, after."""
     clip = next(f for f in (out / "clips").iterdir() if f.suffix != ".txt")
-    film = fit(read_video(clip, fps=FPS, frames=FRAMES)[0], height, width)
-    rows = {"the film": film}
+    rows = {"the film": fit(read_video(clip, fps=FPS, frames=FRAMES)[0], height, width)}
     rows |= {n: read_video(out / f"{n}.mp4", fps=FPS)[0] for n in ("before", "after")}
-    scale, gap, label = 2, 6, 18
-    moments = np.linspace(0, FRAMES - 1, 5).round().astype(int)
-    size = (len(moments) * (width * scale + gap) + gap, 3 * (height * scale + label + gap) + gap)
-    sheet = Image.new("RGB", size, (24, 24, 26))
-    draw = ImageDraw.Draw(sheet)
-    for row, (name, frames) in enumerate(rows.items()):
-        top = gap + row * (height * scale + label + gap)
-        for column, moment in enumerate(moments):
-            left = gap + column * (width * scale + gap)
-            text = f"{name}, frame {moment}"
-            draw.text((left, top), text, fill=(220, 220, 220))
-            picture = Image.fromarray(frames[moment]).resize((width * scale, height * scale))
-            sheet.paste(picture, (left, top + label))
-    sheet.save(out / "contact_sheet.png")
+    contact_sheet(out / "contact_sheet.png", rows)
 
 
 def conclude(out: Path, report: dict) -> None:

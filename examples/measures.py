@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from configs import SampleJob
 from wanjax.eval.lpips import LPIPS
 from wanjax.flow import losses_at
 from wanjax.pipeline import Conditioned, Pipeline
@@ -72,11 +73,12 @@ def flow_loss_of(pipeline: Pipeline, batch: Batch, draws: int = 1) -> Float[np.n
 _losses_at = jax.jit(losses_at)
 
 
-def sample_from(pipeline: Pipeline, batch: Batch, settings, seed: int = 0) -> Video:
-    """The video of the one example's own condition, as `settings`, a preset's `SampleJob`, say."""
+def sample_from(pipeline: Pipeline, batch: Batch, settings: SampleJob, seed: int = 0) -> Video:
+    """The video of the one example's own condition, with the schedule of `settings`, unguided."""
     _, latents, height, width, _ = batch.latents.shape
-    frames = CHUNK * (latents - 1) + 1
-    given = Conditioned(batch.condition, batch.condition, 8 * height, 8 * width, frames)
+    t, h, w = pipeline.configs["vae"].stride
+    frames = t * (latents - 1) + 1
+    given = Conditioned(batch.condition, batch.condition, h * height, w * width, frames)
     video = pipeline.generate(
         given,
         steps=settings.steps,

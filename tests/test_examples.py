@@ -12,6 +12,7 @@ from examples.measures import borders, digest, motion, pixels, psnr, signed
 from examples.nano import loop
 from examples.nano.stills import FPS
 from examples.nano.tears import FRAMES, STRIDE, control_shots
+from examples.nano.train_vae import first_vae
 from examples.sheet import contact_sheet
 
 
@@ -86,6 +87,20 @@ def test_a_loop_that_was_stopped_equals_one_that_was_not(tmp_path, monkeypatch):
 
     resumed = loop.train("cut", tmp_path / "cut", 10, start, noted)
     assert taken == [6, 7, 8, 9] and resumed["total"] == whole["total"]
+
+
+def test_the_first_vae_fades_from_chunk_to_chunk():
+    """Before it is trained a chunk's latent is that of its last frame alone, and decodes to it."""
+    vae = first_vae(0)
+    video = signed(film(9, 16, 16))[None]
+    mean, _ = vae.moments(video)
+    alone = [vae.moments(video[:, i : i + 1])[0] for i in (0, 4, 8)]
+    np.testing.assert_allclose(mean, np.concatenate(alone, axis=1), atol=1e-5)
+    again = np.asarray(vae.reconstruct(mean))
+    last = np.asarray(vae.reconstruct(mean[:, 2:]))
+    np.testing.assert_allclose(again[:, 8:], last, atol=1e-5)
+    steps = np.abs(np.diff(again[:, 4:], axis=1)).mean((0, 2, 3, 4))
+    assert steps.min() > 0  # what lies between is neither the one nor the other
 
 
 def test_the_control_has_about_as_many_windows_as_asked_for(tmp_path):

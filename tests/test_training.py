@@ -94,7 +94,7 @@ def test_muon_gives_each_layer_of_a_stack_a_step_of_its_own():
 def test_muon_wants_one_device():
     mesh = jax.sharding.AbstractMesh((2, 1, 1), ("data", "ring", "ulysses"))
     with pytest.raises(UserError, match="optimizer=muon runs on one device"):
-        Trainer(toy_dit(), replace(CONFIG, optimizer="muon"), mesh)
+        check_config(replace(CONFIG, optimizer="muon"), mesh)
 
 
 def compiled_step(train: str) -> str:

@@ -97,8 +97,8 @@ _LEAST |= {"checkpoint_every": 1, "keep": 1, "log_every": 1, "validate_every": 0
 _POSITIVE = ("alpha", "learning_rate", "clip_norm", "shift")
 
 
-def check_config(config: TrainConfig) -> None:
-    """Refuse, before any work, numbers with which nothing could be trained."""
+def check_config(config: TrainConfig, mesh: Mesh | None = None) -> None:
+    """Refuse, before any work, settings with which nothing could be trained."""
     for name, least in _LEAST.items():
         if (value := getattr(config, name)) < least:
             raise UserError(f"{name}={value} is too small; use {least} or more.")
@@ -110,6 +110,8 @@ def check_config(config: TrainConfig) -> None:
             f"warmup={config.warmup} and cooldown={config.cooldown} do not fit into "
             f"steps={config.steps}; use fewer of them, or more steps."
         )
+    if config.optimizer == "muon" and mesh is not None and mesh.size > 1:
+        raise UserError("optimizer=muon runs on one device; leave the mesh out, or use adamw.")
 
 
 class TrainState(NamedTuple):
@@ -236,9 +238,7 @@ class Trainer:
     """A run in memory: the split model, the state, and the steps over them."""
 
     def __init__(self, model: DiT, config: TrainConfig, mesh: Mesh | None = None):
-        check_config(config)
-        if config.optimizer == "muon" and mesh is not None and mesh.size > 1:
-            raise UserError("optimizer=muon runs on one device; leave the mesh out, or use adamw.")
+        check_config(config, mesh)
         self.config, self.mesh = config, mesh
         self.graph, trained, self.frozen = prepare_model(model, config)
         self.optimizer = make_optimizer(config)

@@ -1,4 +1,4 @@
-"""Make `assets/nano` from nothing, on two CPU cores in under two hours, or on a GPU unchanged.
+"""Make a small Wan2.1 that generates, `nano`, from nothing: on two CPU cores, or on a GPU.
 
     python -m examples.nano.make --bunny big_buck_bunny.mp4 --out build/nano
 

@@ -103,7 +103,7 @@ def pictures(kind: str) -> dict[str, Image.Image]:
 
 
 def run_theirs(pipe, kind, noise, **changes):
-    settings = {"num_inference_steps": 4, "guidance_scale": 5.0} | changes
+    settings = {"num_inference_steps": 4, "guidance_scale": 7.5} | changes
     video = pipe(
         **pictures(kind),
         prompt=PROMPTS[0],
@@ -119,7 +119,7 @@ def run_theirs(pipe, kind, noise, **changes):
 
 
 def run_ours(pipeline, kind, noise, **changes):
-    settings = {"steps": 4, "guidance": 5.0} | changes
+    settings = {"steps": 4, "guidance": 7.5} | changes
     return pipeline.sample(
         **pictures(kind),
         prompt=PROMPTS[0],

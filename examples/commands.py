@@ -12,8 +12,21 @@ def run(*words: object) -> None:
     """Run `python WORDS...` in the project's folder, showing it; its failure ends the process."""
     command = [str(word) for word in words]
     say("$ python " + shlex.join(command))
-    if code := subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-        sys.exit(code)
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT) as process:
+        if code := _exit_code(process):
+            sys.exit(code)
+
+
+def _exit_code(process: subprocess.Popen) -> int:
+    """Wait for it to end by itself, which may mean to save first: Ctrl-C reaches it from the
+    terminal, and SIGTERM, which `run_script` turns into SystemExit, is passed on."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+        except SystemExit:
+            process.terminate()
 
 
 def say(text: str) -> None:

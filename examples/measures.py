@@ -50,13 +50,23 @@ def motion(video: Video) -> float:
 def borders(again: Video, truth: Video) -> dict[str, float]:
     """How much more frames change in the reconstruction than in the film, between chunks of the
     VAE and inside of them. Equal ratios: no flicker at the borders."""
-    ratio = np.abs(np.diff(again, axis=0)).mean((1, 2, 3))
-    ratio = ratio / (np.abs(np.diff(truth, axis=0)).mean((1, 2, 3)) + 1e-4)
-    between = np.arange(len(ratio)) % CHUNK == 0
+    found, meant = (np.abs(np.diff(video, axis=0)).mean((1, 2, 3)) for video in (again, truth))
+    between = np.arange(len(found)) % CHUNK == 0
+    # Means first: a film that rests for a moment would otherwise be divided by nothing.
     return {
-        "border_change": float(ratio[between].mean()),
-        "inner_change": float(ratio[~between].mean()),
+        "border_change": float(found[between].mean() / (meant[between].mean() + 1e-4)),
+        "inner_change": float(found[~between].mean() / (meant[~between].mean() + 1e-4)),
     }
+
+
+def batch_of(pipeline: Pipeline, frames: UInt8[np.ndarray, "T H W 3"], caption: str) -> Batch:
+    """The film as training sees it: its latents, under its first frame and caption."""
+    count, height, width, _ = frames.shape
+    given = pipeline.condition(
+        image=frames[0], prompt=caption, height=height, width=width, frames=count
+    )
+    latents = pipeline.vae.encode(jnp.asarray(signed(frames))[None])
+    return Batch(np.asarray(latents), given.positive)
 
 
 def flow_loss_of(pipeline: Pipeline, batch: Batch, draws: int = 1) -> Float[np.ndarray, " B"]:

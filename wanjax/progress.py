@@ -16,6 +16,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+_shown = False  # whether a bar is on the screen
+
 
 class Bar:
     """Handle of one bar: `advance` it, and give it a `note` such as the current loss."""
@@ -40,8 +42,11 @@ def progress_bar(
 ) -> Iterator[Bar]:
     """A bar with elapsed and estimated remaining time; `done` is where a resumed job starts.
 
-    `unit="bytes"` shows sizes and a rate; a `hidden` bar shows nothing.
+    `unit="bytes"` shows sizes and a rate; a `hidden` bar shows nothing, and neither does one that
+    is opened while another is shown: the outer one tells more.
     """
+    global _shown
+    hidden = hidden or _shown
     count = (
         (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
     )
@@ -54,6 +59,10 @@ def progress_bar(
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
-        task = progress.add_task(label, total=total, completed=done, note="")
-        yield Bar(progress, task)
+    before, _shown = _shown, _shown or not hidden
+    try:
+        with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
+            task = progress.add_task(label, total=total, completed=done, note="")
+            yield Bar(progress, task)
+    finally:
+        _shown = before

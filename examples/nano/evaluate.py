@@ -1,12 +1,14 @@
 """Measure a nano base on films that it was not trained on, and say what it beats.
 
-    python -m examples.nano.evaluate --checkpoint N/run/model --untrained N/base \\
-        --films N/films --features N/features --out N/evaluation      # N: build/nano
+    python -m convert pipeline assets/nano build/nano/shipped
+    python -m examples.nano.evaluate --checkpoint build/nano/shipped \\
+        --films build/nano/films --out build/nano/evaluation
 
 Of every held-out shot the first window is taken: how well the VAE gives it back, with the change
 from frame to frame at the borders of its chunks and inside; the denoiser's loss; and a video from
-its first frame and caption, against the real continuation. The same for the untrained model and for
-the first frame held still. Intervals are bootstraps over shots.
+its first frame and caption, against the real continuation. The same for an untrained denoiser (as
+training begins) and for the first frame held
+still. Intervals are bootstraps over shots; camera moves over one picture count as unlike shots.
 """
 
 import argparse
@@ -15,10 +17,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from configs import PRESETS
 from examples.measures import (
+    batch_of,
     borders,
     flow_loss_of,
     lpips,
@@ -30,15 +35,15 @@ from examples.measures import (
 )
 from examples.nano.stills import FPS, FRAMES, HEIGHT, WIDTH
 from wanjax.data.clips import Window, read_dataset, windows
-from wanjax.data.features import Features
 from wanjax.data.framing import fit
-from wanjax.data.loader import collate
 from wanjax.data.video import write_video
 from wanjax.errors import UserError, run_script
 from wanjax.eval.bootstrap import bootstrap_mean
 from wanjax.eval.lpips import LPIPS
+from wanjax.models.dit import DiT
 from wanjax.pipeline import Pipeline
 from wanjax.progress import progress_bar
+from wanjax.weights import replace_network
 
 LATER = slice(8, None)  # frames 9 to 33: what the first frame does not give away
 
@@ -54,23 +59,20 @@ class Model:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="native folder to measure")
-    parser.add_argument("--untrained", type=Path, required=True, help="what it began as")
     parser.add_argument("--films", type=Path, required=True, help="folder of the films")
-    parser.add_argument("--features", type=Path, required=True, help="their features cache")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--splits", default="validation,test")
     parser.add_argument("--most", type=int, default=1000, help="shots at most")
     arguments = parser.parse_args()
     cut = held_out(arguments.films, arguments.splits.split(","))[: arguments.most]
-    features = Features.open(arguments.features)
     trained = Model("trained", Pipeline.load(arguments.checkpoint, dtype="float32"))
-    untrained = Model("untrained", Pipeline.load(arguments.untrained, dtype="float32"))
-    judge = LPIPS("alexnet")
     (arguments.out / "videos").mkdir(parents=True, exist_ok=True)
+    untrained = Model("untrained", untrained_of(arguments.checkpoint, arguments.out / "untrained"))
+    judge = LPIPS("alexnet")
     rows = []
     with progress_bar("Measuring", len(cut)) as bar:
         for window in cut:
-            row, strip = measure(window, features, trained, untrained, judge)
+            row, strip = measure(window, trained, untrained, judge)
             rows.append(row)
             name = window.name.replace("/", "_")
             write_video(arguments.out / "videos" / f"{name}.mp4", strip, FPS)
@@ -92,15 +94,22 @@ def held_out(films: Path, splits: Iterable[str]) -> list[Window]:
     return list(first.values())
 
 
+def untrained_of(checkpoint: Path, folder: Path) -> Pipeline:
+    """The checkpoint with a denoiser as training begins with it."""
+    if not folder.exists():
+        config = Pipeline.load(checkpoint).configs["dit"]
+        replace_network(checkpoint, folder, "dit", DiT(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    return Pipeline.load(folder, dtype="float32")
+
+
 def measure(
-    window: Window, features: Features, trained: Model, untrained: Model, judge: LPIPS
+    window: Window, trained: Model, untrained: Model, judge: LPIPS
 ) -> tuple[dict, np.ndarray]:
     """Figures of one shot; and truth, reconstruction and video one above the other, uint8."""
-    truth = signed(fit(window.read().frames, HEIGHT, WIDTH))
-    vae = trained.pipeline.vae
-    again = np.asarray(vae.decode(vae.encode(truth[None])))[0]
+    frames = fit(window.read().frames, HEIGHT, WIDTH)
+    truth, batch = signed(frames), batch_of(trained.pipeline, frames, window.shot.caption)
+    again = np.asarray(trained.pipeline.vae.decode(batch.latents))[0]
     still = np.broadcast_to(truth[:1], truth.shape)
-    batch = collate([features.example(window.name)])
     row = {"name": window.name, "split": window.shot.split, "caption": window.shot.caption}
     row |= {"vae_psnr": psnr(again, truth), "vae_lpips": lpips(judge, again, truth)}
     row |= borders(again, truth)

@@ -40,6 +40,7 @@ def train(
         stop_signals() as signalled,
     ):
         begun, since = time.perf_counter(), done
+        bar.advance(0, note="compiling the first step, which can take minutes")
         for number in range(done, steps):
             state, metrics = step_of(state, number)
             taken = number + 1

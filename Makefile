@@ -1,5 +1,7 @@
-# make demo    the main job end to end on a real clip; results in demo/
-# make test    the tests
+# make demo            the main job end to end on a real clip; results in demo/
+# make test            the tests
+# make test-changed    those that a change can touch: of what is not committed, or SINCE=main
+# make test-fast       those that need no large compilation
 # Each sets up what it needs in .venv. PYTHON chooses the interpreter (3.11 or newer).
 
 SHELL := /bin/bash
@@ -15,25 +17,42 @@ export JAX_PLATFORMS ?= cpu
 # The exact versions that were tested.
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test test-matrix test-tree-mode test-newest lint bench clean
+# Each worker has its share of the cores; see tests/environment.py.
+WORKERS ?= 2
+BY_FILE := -n $(WORKERS) --dist loadfile
+
+.PHONY: demo test test-changed test-fast test-random test-matrix test-tree-mode test-newest
+.PHONY: lint bench clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m examples.demo $(if $(CLIP),--clip "$$CLIP") $(if $(CAPTION),--caption "$$CAPTION")
 
-test: $(VENV)/.test
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(RUN) -m pytest $(PYTEST_ARGS)
+test: lint
+	$(RUN) -m pytest $(BY_FILE) $(PYTEST_ARGS)
 
-# What takes longer or needs another Python: Flax's tree mode, and the newest jax and flax.
+test-changed: lint
+	@files="$$($(RUN) -m tests.changed $(SINCE))"; \
+	if [ -z "$$files" ]; then echo "No test can be touched by what changed."; \
+	else $(RUN) -m pytest $(BY_FILE) $(PYTEST_ARGS) $$files; fi
+
+test-fast: lint
+	$(RUN) -m pytest $(BY_FILE) -m "not compiles" $(PYTEST_ARGS)
+
+# In another order every time, or in that of SEED.
+test-random: $(VENV)/.test
+	$(RUN) -m pytest $(BY_FILE) -p randomly $(if $(SEED),--randomly-seed=$(SEED)) $(PYTEST_ARGS)
+
+# What may differ under another Flax or JAX: Flax's tree mode, which is to become its default, and
+# the newest of both, which need another Python.
 test-matrix: test-tree-mode test-newest
 
-# What touches NNX, in the mode that is to become Flax's default.
-test-tree-mode: $(VENV)/.test
-	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(RUN) -m pytest $(NNX_TESTS)
+CORE := tests/test_nn.py tests/test_lora.py tests/test_training.py tests/test_vae.py \
+	tests/test_weights.py
+NETWORKS := tests/parity/test_dit.py tests/parity/test_umt5.py tests/parity/test_clip.py
+PROGRAMS := tests/test_solvers.py tests/test_sharding.py tests/test_scripts.py
 
-NNX_TESTS := tests/test_lora.py tests/test_training.py tests/test_vae.py tests/test_weights.py \
-	tests/parity/test_dit.py tests/parity/test_umt5.py tests/parity/test_clip.py
+test-tree-mode: $(VENV)/.test
+	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(RUN) -m pytest $(BY_FILE) $(CORE) $(NETWORKS)
 
 NEWEST := .venv-newest
 test-newest:
@@ -43,11 +62,12 @@ test-newest:
 PYTHON_NEWEST ?= python3.12
 .PHONY: run-newest
 run-newest:
-	$(NEWEST)/bin/python -m pytest --ignore tests/parity $(NEWEST_TESTS)
+	$(NEWEST)/bin/python -m pytest $(BY_FILE) $(CORE) $(PROGRAMS)
 
+# pip keeps what it fetched for the other environment, so that little is fetched twice.
 $(NEWEST)/.ready: pyproject.toml
 	$(PYTHON_NEWEST) -m venv $(NEWEST)
-	@$(call install,$(NEWEST)/bin/python,--upgrade -e . pytest jax flax)
+	@$(call install,$(NEWEST)/bin/python,--upgrade -e . pytest pytest-xdist jax flax)
 	touch $@
 
 lint: $(VENV)/.test

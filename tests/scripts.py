@@ -1,29 +1,89 @@
-"""Running the scripts as processes, on a checkpoint that is as small as can be."""
+"""Running the scripts, on a checkpoint that is as small as can be: called in the test's own process
+or, where the claim is about a process (signals, kills, limits, several devices), started as one.
+"""
 
+import contextlib
 import hashlib
+import importlib
+import io
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
+
+from wanjax.errors import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = ("--frames", 9, "--height", 32, "--width", 48)
-# Processes compile the same programs over and over: they share what is compiled, and its speed is
-# of no matter. Every figure that is compared is compared between programs compiled alike.
-PROGRAMS = tempfile.TemporaryDirectory(prefix="wanjax-tests-programs-", ignore_cleanup_errors=True)
+# The scripts' programs are compiled quickly and without care for their speed, the same way here and
+# in processes. Every figure that is compared is compared between programs compiled alike.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": PROGRAMS.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "PYTHONPATH": str(ROOT),
 }
+# A process that is to be killed reads compiled programs and writes none, so that none is cut off.
+READS_PROGRAMS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+_quickly = jax.make_user_context(default_value=None)
+
+
+@contextlib.contextmanager
+def compiled_quickly() -> Iterator[None]:
+    """Compile as ENVIRONMENT does, and use no program that was compiled otherwise before."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    try:
+        with _quickly(True):
+            yield
+    finally:
+        jax.config.update(name, before)
+
+
+def call(*words: object, cwd: Path, code: int = 0) -> str:
+    """What `run` does, but in this process: its stderr, once it has ended with `code`."""
+    name, *arguments = map(str, words[1:] if words[0] == "-m" else words)
+    script = importlib.import_module(
+        "convert.__main__" if name == "convert" else name.removesuffix(".py")
+    )
+    said, stop = io.StringIO(), SystemExit(0)
+    with _as_a_process(), compiled_quickly(), contextlib.chdir(cwd):
+        sys.argv = [name, *arguments]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            try:
+                run_script(script.main)
+            except SystemExit as error:
+                stop = error
+    assert (stop.code or 0) == code, said.getvalue()
+    return said.getvalue()
+
+
+@contextlib.contextmanager
+def _as_a_process() -> Iterator[None]:
+    """Give back what a script makes its own: arguments, signals, and how warnings are shown."""
+    argv, shown = sys.argv, warnings.formatwarning
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # pytest would keep them for itself
+            yield
+    finally:
+        sys.argv, warnings.formatwarning = argv, shown
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def write_world(folder: Path) -> None:

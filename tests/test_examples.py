@@ -89,6 +89,8 @@ def test_a_loop_that_was_stopped_equals_one_that_was_not(tmp_path, monkeypatch):
     assert taken == [6, 7, 8, 9] and resumed["total"] == whole["total"]
 
 
+@pytest.mark.compiles
+@pytest.mark.usefixtures("quickly")
 def test_the_first_vae_fades_from_chunk_to_chunk():
     """Before it is trained a chunk's latent is that of its last frame alone, and decodes to it."""
     vae = first_vae(0)

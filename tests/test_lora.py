@@ -13,6 +13,8 @@ from wanjax.checkpoint import load_lora, save_lora
 from wanjax.errors import UserError
 from wanjax.tensor_files import SafetensorsWriter, read_safetensors
 
+pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("quickly")]
+
 
 def adapted(targets="all", rank=3, alpha=6.0, seed=1):
     model = toy_dit()

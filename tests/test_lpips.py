@@ -13,6 +13,8 @@ from wanjax.data.video import read_image
 from wanjax.errors import UserError
 from wanjax.eval.lpips import LPIPS, _ArrayUnpickler
 
+pytestmark = pytest.mark.compiles
+
 PICTURES = Path(__file__).resolve().parents[1] / "../shared/assets/lpips"
 
 

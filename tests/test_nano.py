@@ -54,6 +54,7 @@ def test_the_card_names_every_source_and_licence():
     assert demo.BUNNY_CREDIT in card
 
 
+@pytest.mark.compiles
 def test_the_recipe_makes_this_model_in_these_types(nano):
     """Matrices in bf16; VAE, norms, modulation, time path and head in fp32."""
     assert nano.configs["dit"] == DIT
@@ -70,6 +71,7 @@ def test_the_preset_samples_as_nano_was_trained():
     assert settings.shift == PRESETS["nano"].train.settings.shift
 
 
+@pytest.mark.compiles
 def test_the_vae_gives_a_film_back_without_flicker(nano, film):
     again = np.asarray(nano.vae.decode(nano.vae.encode(film[None])))[0]
     assert psnr(again, film) >= 22
@@ -77,6 +79,7 @@ def test_the_vae_gives_a_film_back_without_flicker(nano, film):
     assert found["border_change"] <= 1.5 and found["inner_change"] <= 1.5
 
 
+@pytest.mark.compiles
 def test_a_video_begins_with_its_picture_and_moves(nano, film):
     batch = batch_of(nano, pixels(film), demo.BUNNY_CAPTION)
     video = sample_from(nano, batch, PRESETS["nano"].sample)

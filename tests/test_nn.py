@@ -8,6 +8,8 @@ import pytest
 
 from wanjax.nn import _conv, conv
 
+pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("quickly")]
+
 
 @pytest.mark.parametrize("inside", ["plain", "scan"])
 @pytest.mark.parametrize(

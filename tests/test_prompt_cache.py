@@ -43,6 +43,7 @@ def test_the_folder_follows_xdg(monkeypatch, tmp_path):
     assert default_folder().parts[-3:] == (".cache", "wanjax", "prompts")
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_second_pipeline_does_not_load_the_encoder(tmp_path, monkeypatch, dtype):
     from tests.scripts import write_checkpoint

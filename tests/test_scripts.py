@@ -1,19 +1,24 @@
-"""encode.py, train.py, sample.py and `python -m convert lora` as processes, one after another."""
+"""encode.py, train.py, sample.py and `python -m convert lora`, one after another.
+
+A script that is called in this process does what it does as a process of its own: for each of the
+four there is a result here (for train.py in test_scripts_resume.py) that was made both ways.
+"""
 
 import json
 import signal
 from pathlib import Path
 
 import av
-import jax
 import numpy as np
 import pytest
 
 from convert.lora import convert_lora
-from tests.scripts import SIZE, run, start, stop_when
+from tests.scripts import READS_PROGRAMS, SIZE, call, compiled_quickly, run, start, stop_when
 from wanjax.data.features import Features
 from wanjax.data.video import probe, read_video
 from wanjax.pipeline import Pipeline
+
+pytestmark = pytest.mark.compiles
 
 PROMPT = "a street in the rain"
 
@@ -45,26 +50,23 @@ def test_an_encode_that_was_killed_and_interrupted_goes_on(world, features, tmp_
     out, staging = tmp_path / "f", tmp_path / "f.staging"
     staged = lambda n: lambda: len(list(staging.glob("*.safetensors"))) >= n  # noqa: E731
     words = encode_words(world, out)
-    stop_when(staged(1), start(*words, cwd=tmp_path), signal.SIGKILL, -signal.SIGKILL)
+    process = start(*words, cwd=tmp_path, environment=READS_PROGRAMS)
+    stop_when(staged(1), process, signal.SIGKILL, -signal.SIGKILL)
     assert not out.exists() and staging.exists()
     before = len(list(staging.glob("*.safetensors")))
     said = stop_when(staged(before + 2), start(*words, cwd=tmp_path), signal.SIGINT, 130)
     assert said.endswith("interrupted\n") and f"{10 - before} to encode" in said
     assert [p.name for p in tmp_path.iterdir()] == ["f.staging"]
     assert not [p.name for p in staging.iterdir() if "partial" in p.name]
-    run(*words, cwd=tmp_path)
+    call(*words, cwd=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
     assert_same_cache(Features.open(out), Features.open(features))
 
 
 def test_an_encode_that_is_done_does_nothing(world, features, monkeypatch):
-    import encode
-
     before = {p: p.stat().st_mtime_ns for p in features.rglob("*")}
-    words = encode_words(world, features)
-    monkeypatch.setattr("sys.argv", [str(word) for word in words])
     monkeypatch.setattr(Pipeline, "_network", lambda self, name: pytest.fail(f"loaded {name}"))
-    encode.main()
+    call(*encode_words(world, features), cwd=world)
     assert {p: p.stat().st_mtime_ns for p in features.rglob("*")} == before
 
 
@@ -79,7 +81,8 @@ def test_a_run_leaves_metrics_and_checkpoints(trained):
 
 
 def test_jobs_are_resumed_and_the_denoiser_is_compiled_once(world, trained, tmp_path):
-    """Three videos in two processes: the first is stopped in the middle of the second video."""
+    """Three videos in two processes: the first is stopped in the middle of the second video. And
+    the first once more, in this process."""
 
     def jobs(*second: dict) -> Path:
         lines = [{"out": f"{tmp_path}/a.mp4", "seed": 1}, *second]
@@ -87,7 +90,7 @@ def test_jobs_are_resumed_and_the_denoiser_is_compiled_once(world, trained, tmp_
         return tmp_path / "jobs.jsonl"
 
     words = ("sample.py", "nano", "--checkpoint", "ck", "--image", "picture.png", "--steps", 2)
-    words += ("--prompt", PROMPT, "--lora", "run", *SIZE, "--jobs")
+    words += ("--prompt", PROMPT, "--lora", "run", "--guidance", 5, *SIZE, "--jobs")
     first, second, third = (tmp_path / f"{name}.mp4" for name in "abc")
 
     endless = jobs({"out": str(second), "steps": 100_000})
@@ -109,6 +112,9 @@ def test_jobs_are_resumed_and_the_denoiser_is_compiled_once(world, trained, tmp_
     assert "512 fit" in warning
     # The same seed in another process gives the same file; another seed another one.
     assert second.read_bytes() == content and third.read_bytes() != content
+    once_more = tmp_path / "d.mp4"
+    call(*words[:-1], "--out", once_more, "--seed", 1, cwd=world)
+    assert once_more.read_bytes() == content
 
     for video in (first, second, third):
         info = probe(video)
@@ -123,10 +129,13 @@ def test_an_adapter_is_the_same_as_run_native_and_comfyui_file(world, trained, t
     from sample import read_adapter
 
     comfyui, native = tmp_path / "c.safetensors", tmp_path / "n.safetensors"
-    run("-m", "convert", "lora", trained, comfyui, "--format", "comfyui", cwd=tmp_path)
+    words = ("-m", "convert", "lora", trained, "--format", "comfyui")
+    run(*words, comfyui, cwd=tmp_path)
+    called = tmp_path / "called" / comfyui.name  # the name is in the file, as its title
+    call(*words, called, cwd=tmp_path)
+    assert called.read_bytes() == comfyui.read_bytes()
     convert_lora(comfyui, native, "native")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
+    with compiled_quickly():
         plain = Pipeline(world / "ck", dtype="float32")
         given = plain.condition(
             image=world / "picture.png", prompt=PROMPT, frames=9, height=32, width=48
@@ -150,5 +159,3 @@ def test_an_adapter_is_the_same_as_run_native_and_comfyui_file(world, trained, t
         # Two products and their sum round otherwise than one product, and a random VAE amplifies
         # it: a thousandth of what the adapter does is allowed, seen were 1e-4 to 3e-4 of it.
         assert distance(video(f"{native}:0.25", f"{comfyui}:0.25"), half) <= 1e-3 * effect
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)

@@ -1,6 +1,7 @@
 """What the scripts refuse: one sentence that names the matter and the remedy, and nothing written.
 
-In one process where a process of its own would add nothing; then as processes, and on full disks.
+Called in this process; as processes of their own to show that those say the same, and where writing
+a checkpoint fails, after which Orbax's threads go on failing for a while.
 """
 
 import contextlib
@@ -18,11 +19,13 @@ import pytest
 import encode
 import sample
 import train
-from tests.scripts import SIZE, ended, film, listing, run, start, write_checkpoint
+from tests.scripts import SIZE, call, ended, film, listing, run, start, write_checkpoint
 from wanjax.checkpoint import latest_step
 from wanjax.data.video import write_video
 from wanjax.errors import UserError
 from wanjax.lora import LayerAdapter, LoRA
+
+pytestmark = pytest.mark.compiles
 
 CK = ("--checkpoint", "ck")
 PICTURE = ("--image", "picture.png", "--prompt", "rain")
@@ -297,6 +300,7 @@ def test_as_a_process_it_is_one_line_and_code_2(bench):
         out, errors = process.communicate(timeout=200)
         assert process.returncode == 2, (name, errors)
         assert errors.startswith("error: ") and errors.count("\n") == 1 and not out, (name, errors)
+        assert call(name, *commands[name], cwd=bench, code=2) == errors
     assert listing(bench) == before
 
 
@@ -324,12 +328,12 @@ def test_a_checkpoint_that_breaks_off(bench):
     """The disk said that there was room, and then refused: here files larger than 3 kB."""
     words = ("nano", *CK, "--features", "features", "--run", "r", "--batch", 2, "--rank", 2)
     words += ("--checkpoint-every", 2, "--steps")
-    run("train.py", *words, 2, cwd=bench)
+    call("train.py", *words, 2, cwd=bench)
     saved = listing(bench / "r" / "checkpoints")
     said = ended(start("train.py", *words, 6, cwd=bench, largest_file=3), code=2)
     assert "error: The checkpoint of step 4 could not be written to r (step 2 is kept)" in said
     assert listing(bench / "r" / "checkpoints") == saved
-    run("train.py", *words, 4, cwd=bench)
+    call("train.py", *words, 4, cwd=bench)
     assert latest_step(bench / "r") == 4
 
 
@@ -338,7 +342,7 @@ def test_full_disks(bench):
     with small_disk(bench / "disk", "8m") as disk:
         words = ("nano", *CK, "--features", "features", "--run", disk / "r", "--batch", 2)
         words += ("--rank", 2, "--checkpoint-every", 2, "--steps")
-        run("train.py", *words, 2, cwd=bench)
+        call("train.py", *words, 2, cwd=bench)
         saved = listing(disk / "r" / "checkpoints")
 
         filler = fill(disk, leave=64 << 10)
@@ -351,16 +355,16 @@ def test_full_disks(bench):
         filler.unlink()
         filler = fill(disk, leave=0)
         given = ("nano", *CK, *PICTURE, *SIZE, "--steps", 1)
-        said = run("sample.py", *given, "--out", disk / "o.mp4", cwd=bench, code=2)
+        said = call("sample.py", *given, "--out", disk / "o.mp4", cwd=bench, code=2)
         assert "error: " in said and f"{disk}/o.mp4 could not be written, the disk is full" in said
         with pytest.raises(UserError, match="disk is full"):
             write_video(disk / "o.mp4", film(0))
         message = f"{disk}/r/run.json could not be written, the disk is full"
-        assert message in run("train.py", *words, 6, cwd=bench, code=2)
+        assert message in call("train.py", *words, 6, cwd=bench, code=2)
         assert not [p.name for p in disk.rglob("*") if "partial" in p.name or "o.mp4" in p.name]
 
         filler.unlink()
-        run("train.py", *words, 6, cwd=bench)
+        call("train.py", *words, 6, cwd=bench)
         assert latest_step(disk / "r") == 6
         steps = [json.loads(line)["step"] for line in (disk / "r/metrics.jsonl").open()]
         assert steps == [1, 2, 3, 4, 5, 6]

@@ -11,10 +11,21 @@ import orbax.checkpoint as ocp
 import pytest
 
 import train
-from tests.scripts import SIZE, listing, run, start, stop_when, write_checkpoint
+from tests.scripts import (
+    READS_PROGRAMS,
+    SIZE,
+    call,
+    listing,
+    run,
+    start,
+    stop_when,
+    write_checkpoint,
+)
 from wanjax.checkpoint import latest_step
 from wanjax.errors import UserError
 from wanjax.weights import fingerprint
+
+pytestmark = pytest.mark.compiles
 
 ENDLESS = 10**6
 
@@ -62,7 +73,8 @@ def broken(world, features, tmp_path_factory) -> tuple[Path, int]:
     """A run that was killed, terminated and interrupted, each time resumed; and its last step."""
     folder = tmp_path_factory.mktemp("broken") / "run"
     saved = folder / "checkpoints" / "2"
-    process = start(*words(folder, ENDLESS, "--checkpoint-every", 2), cwd=world)
+    endless = words(folder, ENDLESS, "--checkpoint-every", 2)
+    process = start(*endless, cwd=world, environment=READS_PROGRAMS)
     stop_when(saved.exists, process, signal.SIGKILL, -signal.SIGKILL)
     at = latest_step(folder)
     assert at is not None and at >= 2
@@ -79,11 +91,12 @@ def broken(world, features, tmp_path_factory) -> tuple[Path, int]:
 
 
 def test_a_broken_run_equals_an_unbroken_one_bit_for_bit(world, broken, tmp_path):
+    """The broken one in processes of its own, the unbroken one called in this process."""
     folder, at = broken
     base = listing(world / "ck")
     shutil.copytree(folder, tmp_path / "resumed")
-    run(*words(tmp_path / "resumed", at + 2), cwd=world)
-    run(*words(tmp_path / "straight", at + 2, "--checkpoint-every", at), cwd=world)
+    call(*words(tmp_path / "resumed", at + 2), cwd=world)
+    call(*words(tmp_path / "straight", at + 2, "--checkpoint-every", at), cwd=world)
     assert_same_checkpoint(tmp_path / "straight", folder, at)
     assert_same_checkpoint(tmp_path / "straight", tmp_path / "resumed", at + 2)
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "resumed")
@@ -96,7 +109,7 @@ def test_a_run_goes_on_over_two_devices(world, broken, tmp_path):
     folder, at = broken
     shutil.copytree(folder, tmp_path / "one")
     shutil.copytree(folder, tmp_path / "two")
-    run(*words(tmp_path / "one", at + 4), cwd=world)
+    call(*words(tmp_path / "one", at + 4), cwd=world)
     two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     more = ("--mesh", "data=2", "--log-every", 2, "--validate-every", 0)
     run(*words(tmp_path / "two", at + 4, *more), cwd=world, environment=two)
@@ -107,7 +120,7 @@ def test_a_run_goes_on_over_two_devices(world, broken, tmp_path):
         for name in ("loss", "gradient_norm"):
             assert line[name] == pytest.approx(alone[line["step"]][name], rel=1e-5)
     # And back on one device.
-    run(*words(tmp_path / "two", at + 5), cwd=world)
+    call(*words(tmp_path / "two", at + 5), cwd=world)
     assert latest_step(tmp_path / "two") == at + 5
 
 
@@ -154,17 +167,16 @@ def test_other_settings_are_refused_by_name(world, broken, tmp_path, monkeypatch
 def test_full_training_leaves_a_model_that_can_be_sampled(world, features, tmp_path):
     full = ("--train", "full", "--learning-rate", 1e-3)
     base = listing(world / "ck")
-    run(*words(tmp_path / "r", 1, *full), cwd=world)
+    call(*words(tmp_path / "r", 1, *full), cwd=world)
     model = tmp_path / "r" / "model"
     first = fingerprint(model, "dit")
     assert first != fingerprint(world / "ck", "dit")
     assert fingerprint(model, "vae") == fingerprint(world / "ck", "vae")
     picture = ("--image", "picture.png", "--prompt", "rain", "--steps", 1, *SIZE)
-    run(
-        "sample.py", "nano", "--checkpoint", model, *picture, "--out", tmp_path / "o.mp4", cwd=world
-    )
+    sampling = ("sample.py", "nano", "--checkpoint", model, *picture)
+    call(*sampling, "--out", tmp_path / "o.mp4", cwd=world)
     assert (tmp_path / "o.mp4").exists()
     # More steps make another model of it.
-    run(*words(tmp_path / "r", 2, *full), cwd=world)
+    call(*words(tmp_path / "r", 2, *full), cwd=world)
     assert fingerprint(model, "dit") not in (first, fingerprint(world / "ck", "dit"))
     assert listing(world / "ck") == base

@@ -17,6 +17,8 @@ from tests.scripts import start
 from wanjax.errors import UserError
 from wanjax.sharding import make_mesh, spec
 
+pytestmark = pytest.mark.compiles
+
 MESHES = {
     "data": {"data": 2},
     "ring": {"ring": 2},

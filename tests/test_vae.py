@@ -15,6 +15,9 @@ from wanjax.causal import _convolve, _convolve_frames
 from wanjax.errors import UserError
 from wanjax.models.vae import VAE, VAEConfig, _check_video
 
+pytestmark = pytest.mark.compiles
+quickly = pytest.mark.usefixtures("quickly")
+
 TINY = VAEConfig(
     base_dim=8,
     dim_mult=(1, 2, 2),
@@ -117,6 +120,7 @@ def test_full_size_in_official_names():
     assert config.stride == (4, 8, 8)
 
 
+@quickly
 def test_latents_do_not_depend_on_later_frames(vae):
     clip = video(33)
     whole = vae.encode(clip)
@@ -129,6 +133,7 @@ def test_latents_do_not_depend_on_later_frames(vae):
     np.testing.assert_allclose(vae.decode(whole[:, :1]), pixels[:, :1], atol=1e-5)
 
 
+@quickly
 def test_latents_depend_on_frames_of_earlier_chunks(vae):
     clip, other = video(13), video(13)
     other[:, 4] *= -1  # the end of the second chunk
@@ -138,6 +143,7 @@ def test_latents_depend_on_frames_of_earlier_chunks(vae):
         assert np.abs(a[:, t] - b[:, t]).max() > 1e-4
 
 
+@quickly
 def test_calls_leave_nothing_behind(vae):
     before = flat(vae)
     first, again = vae.encode(video(9)), vae.encode(video(9))
@@ -148,6 +154,7 @@ def test_calls_leave_nothing_behind(vae):
     assert len(jax.tree.leaves(nnx.state(vae, nnx.Param))) == len(before)
 
 
+@quickly
 def test_under_jit_and_step_by_step():
     vae, clip = random_vae(config=MINUTE), video(3, 4, 6)
     latents, pixels = vae.encode(clip), vae.decode(vae.encode(clip))
@@ -164,6 +171,7 @@ def test_only_norms_are_kept_in_fp32(dtype):
         assert x.dtype == (jnp.float32 if name.endswith("scale") else dtype), name
 
 
+@quickly
 def test_batch_elements_are_independent(vae):
     clips = np.concatenate([video(5), video(5)[:, ::-1]])
     together = vae.encode(clips)

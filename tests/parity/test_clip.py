@@ -12,6 +12,8 @@ from tests.parity.reference import leaves_of, load_state, randomise, relative_er
 from wanjax.errors import UserError
 from wanjax.models.clip import CLIPVision, CLIPVisionConfig
 
+pytestmark = pytest.mark.compiles
+
 transformers = pytest.importorskip("transformers")
 
 TOKENS_257 = CLIPVisionConfig(dim=48, num_heads=4, num_layers=3, ffn_dim=80)

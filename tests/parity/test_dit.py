@@ -16,6 +16,8 @@ from wanjax.weights import random_network
 torch = pytest.importorskip("torch", reason="parity tests compare with PyTorch")
 from diffusers import WanTransformer3DModel  # noqa: E402
 
+pytestmark = pytest.mark.compiles
+
 SMALL = DiTConfig(
     dim=48, ffn_dim=80, num_layers=3, num_heads=4, text_dim=24, freq_dim=32, image_dim=20
 )

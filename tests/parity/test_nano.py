@@ -13,6 +13,8 @@ from wanjax import Pipeline
 from wanjax.data.framing import fit
 from wanjax.data.video import read_video
 
+pytestmark = pytest.mark.compiles
+
 torch = pytest.importorskip("torch", reason="parity tests compare with PyTorch")
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline  # noqa: E402
 from PIL import Image  # noqa: E402

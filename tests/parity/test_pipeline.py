@@ -32,6 +32,8 @@ from transformers import (  # noqa: E402
     UMT5EncoderModel,
 )
 
+pytestmark = pytest.mark.compiles
+
 PROMPTS = ["a rabbit runs through a meadow", "blurred, static, overexposed"]
 FRAMES, HEIGHT, WIDTH = 9, 48, 80
 

@@ -13,6 +13,8 @@ from convert.umt5 import ALIASES, rows
 from tests.parity.reference import leaves_of, load_state, randomise, relative_error, torch
 from wanjax.models.umt5 import UMT5, UMT5Config, relative_buckets
 
+pytestmark = pytest.mark.compiles
+
 transformers = pytest.importorskip("transformers")
 
 WIDE = UMT5Config(99, dim=40, attention_dim=72, num_heads=6, ffn_dim=56, num_layers=3)

@@ -12,6 +12,8 @@ from convert.vae import rows
 from tests.parity.reference import from_torch, leaves_of, randomise, relative_error, torch
 from wanjax.models.vae import VAE, VAEConfig
 
+pytestmark = pytest.mark.compiles
+
 diffusers = pytest.importorskip("diffusers")
 
 TINY = VAEConfig(

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from wanjax.attention import attention
+from wanjax.attention import biased
 from wanjax.nn import Embedding, Linear, RMSNorm, gelu_tanh, stack
 
 
@@ -50,7 +50,7 @@ class SelfAttention(nnx.Module):
         q, k, v = (
             rearrange(f(x), "B L (K E) -> B L K E", K=self.heads) for f in (self.q, self.k, self.v)
         )
-        return self.o(rearrange(attention(q, k, v, bias=bias, scale=1.0), "B L K E -> B L (K E)"))
+        return self.o(rearrange(biased(q, k, v, bias), "B L K E -> B L (K E)"))
 
 
 class GatedMlp(nnx.Module):

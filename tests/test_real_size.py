@@ -1,0 +1,127 @@
+"""What goes wrong only at the real size, seen in the true programs of I2V-14B without running them.
+
+Each look at a program has a counterpart that it must find: a program which does have the fault.
+"""
+
+import itertools
+import math
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.real_size import CONFIG, equations, tokens, trace_denoise_step, trace_train_step
+from wanjax.training import TrainConfig
+
+LEAST_QUERIES = 128
+# A length may be filled up to whole chunks or blocks.
+FILLED = 4096
+
+
+@cache
+def program(name: str, size: str):
+    """The jaxpr of `denoise_step`, or of `train_step` by its kind of training."""
+    if name == "denoise":
+        return trace_denoise_step(size).jaxpr.jaxpr
+    return trace_train_step(size, settings=TrainConfig(train=name, targets="all")).jaxpr.jaxpr
+
+
+def whole_scores(jaxpr, length: int) -> list[tuple[int, ...]]:
+    """Shapes of arrays in which every token meets every token, in whatever order of axes."""
+    found = []
+    for equation in equations(jaxpr):
+        for variable in equation.outvars:
+            shape = tuple(getattr(variable.aval, "shape", ()))
+            if math.prod(shape) >= length**2 and _spans_twice(shape, length):
+                found.append(shape)
+    return found
+
+
+def _spans_twice(shape: tuple[int, ...], length: int) -> bool:
+    """Whether two separate groups of axes each run over all tokens (a chunk is an axis too)."""
+    axes = range(len(shape))
+    groups = [
+        set(group)
+        for size in (1, 2, 3)
+        for group in itertools.combinations(axes, size)
+        if length <= math.prod(shape[i] for i in group) < length + FILLED
+        and all(shape[i] > 1 for i in group)
+    ]
+    return any(a.isdisjoint(b) for a, b in itertools.combinations(groups, 2))
+
+
+def kernel_gradients(jaxpr) -> list[tuple[int, ...]]:
+    """Products over tokens that have the shape of a block's kernel."""
+    d, f = CONFIG.dim, CONFIG.ffn_dim
+    kernels = {(d, d), (d, f), (f, d)}
+    shapes = [
+        tuple(n for n in equation.outvars[0].aval.shape if n > 1)
+        for equation in equations(jaxpr)
+        if equation.primitive.name == "dot_general"
+    ]
+    return [shape for shape in shapes if shape in kernels]
+
+
+def queries_at_once(jaxpr, length: int) -> list[int]:
+    """For every product of queries with all keys: how many queries take part in it."""
+    counts = []
+    for equation in equations(jaxpr):
+        if equation.primitive.name != "dot_general":
+            continue
+        (contracted, _), (batched, _) = equation.params["dimension_numbers"]
+        left, right = (v.aval.shape for v in equation.invars)
+        if math.prod(left[i] for i in contracted) != CONFIG.head_size:
+            continue
+        shared = math.prod(left[i] for i in batched)
+        sides = sorted(math.prod(x) // CONFIG.head_size // shared for x in (left, right))
+        if length <= sides[1] < length + FILLED:
+            counts.append(sides[0])
+    return counts
+
+
+PROGRAMS = [("denoise", "720p81"), ("lora", "720p33"), ("lora", "480p33"), ("lora", "720p81")]
+
+
+@pytest.mark.parametrize("name, size", PROGRAMS)
+def test_no_array_holds_every_token_against_every_token(name, size):
+    assert whole_scores(program(name, size), tokens(size)) == []
+
+
+def test_what_keeps_its_softmax_is_found():
+    """The gradient of chunks that are not checkpointed keeps the softmax of each."""
+    length, chunk = tokens("480p33"), 360
+
+    def attend(q, k):
+        scores = jax.lax.map(lambda part: jax.nn.softmax(part @ k.T), q.reshape(-1, chunk, 128))
+        return scores.sum(-1).sum()
+
+    like = jax.ShapeDtypeStruct((length, 128), jnp.float32)
+    found = whole_scores(jax.make_jaxpr(jax.grad(attend))(like, like).jaxpr, length)
+    assert (length // chunk, chunk, length) in found
+    plain = jax.make_jaxpr(lambda q, k: q @ k.T)(like, like).jaxpr
+    assert whole_scores(plain, length) == [(length, length)]
+
+
+def test_adapters_alone_are_differentiated():
+    assert kernel_gradients(program("lora", "720p33")) == []
+    # Four of self-attention, six of cross-attention, two of the feed-forward.
+    assert len(kernel_gradients(program("full", "480p33"))) >= 12
+
+
+@pytest.mark.parametrize("name, size", PROGRAMS)
+def test_a_chunk_of_attention_is_worth_reading_the_keys_for(name, size):
+    counts = queries_at_once(program(name, size), tokens(size))
+    assert counts and min(counts) >= LEAST_QUERIES
+
+
+def test_a_length_without_divisors_has_chunks_as_large():
+    """27,997 is a prime; as a number of tokens it is 1 x 1 x 27,997 patches."""
+    from wanjax.attention import attention
+
+    length = 27_997
+    like = jax.ShapeDtypeStruct((1, length, 2, CONFIG.head_size), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(attention)(like, like, like).jaxpr
+    counts = queries_at_once(jaxpr, length)
+    assert counts and min(counts) >= LEAST_QUERIES
+    assert whole_scores(jaxpr, length) == []

@@ -35,7 +35,7 @@ PRESETS: dict[str, Preset] = {
     "t2v_14b": _preset("Wan2.1 T2V-14B at 720p", _HD, steps=50, shift=5.0),
     "t2v_1_3b": _preset("Wan2.1 T2V-1.3B at 480p", _SD, steps=50, shift=5.0),
     "nano": Preset(
-        "the same structure at toy widths, for two CPU cores",
+        "assets/nano: toy widths, for two CPU cores (it knows --height 64 --width 160)",
         EncodeJob(area=_NANO_AREA, stride=4, dtype="float32"),
         TrainJob(
             settings=TrainConfig(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ from flax import nnx
 
 from convert.table import from_native
 from convert.vae import rows
-from wanjax.causal import _convolve, _convolve_frames
+from wanjax.causal import Memory, _convolve, _convolve_frames
 from wanjax.errors import UserError
-from wanjax.models.vae import VAE, VAEConfig, _check_video
+from wanjax.models.vae import VAE, VAEConfig, _check_video, tiles
 
 pytestmark = pytest.mark.compiles
 quickly = pytest.mark.usefixtures("quickly")
@@ -60,6 +61,48 @@ def flat(model: VAE) -> dict:
 def video(frames: int, height: int = 12, width: int = 20) -> np.ndarray:
     shape = (1, frames, height, width, 3)
     return np.random.default_rng(frames).uniform(-1, 1, shape).astype(np.float32)
+
+
+def test_tiles_equal_the_whole(vae, monkeypatch):
+    """In fp32, with three tiles that do not divide the width."""
+    given = {
+        "_encode": jnp.asarray(video(5, height=12, width=148)),
+        "_decode": np.random.default_rng(1).standard_normal((1, 2, 3, 37, 4)).astype(np.float32),
+    }
+
+    def both() -> list[np.ndarray]:
+        # Anew, or the programs of the first limit would be taken for the second.
+        return [jax.jit(getattr(VAE, n).__wrapped__)(vae, x) for n, x in given.items()]
+
+    whole = both()
+    monkeypatch.setattr("wanjax.models.vae.TILE_ELEMENTS", 12 * 148 * TINY.base_dim // 3)
+    assert tiles(1, 12, 148, TINY.base_dim) == 3
+    for got, expected in zip(both(), whole):
+        np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_tile_sees_all_that_it_needs_and_little_more(vae, part):
+    """The gradient of a column is not zero where it depends on another, however little."""
+    network = getattr(vae, part)
+    channels = 3 if part == "encoder" else network.stages[-2].blocks[0].norm_in.scale.shape[0]
+    x = np.random.default_rng(0).standard_normal((1, 1, 8, 64, channels)).astype(np.float32)
+    tiling = network._tiling(x, ((), ()))
+
+    y, back = jax.vjp(jax.jit(lambda x: network._large(x, Memory())), x)
+    middle, farthest = y.shape[3] // 2, 0
+    for column in (middle, middle + 1):
+        slope = np.zeros_like(y)
+        slope[:, :, :, column] = 1
+        seen = np.flatnonzero(np.asarray(back(slope)[0]).any((0, 1, 2, 4)))
+        core = int(column / tiling.scale), int((column + 1) / tiling.scale - Fraction(1, 2))
+        farthest = max(farthest, core[0] - seen[0], seen[-1] - core[1])
+    assert farthest <= tiling.reach <= farthest + 2 * (tiling.align - 1)
+
+
+def test_a_720p_picture_is_cut_and_a_small_one_is_not():
+    width = VAEConfig().base_dim
+    assert tiles(1, 720, 1280, width) == 3 and tiles(1, 240, 416, width) == 1
 
 
 # The official network as lists of layers, in the order of its Sequentials.

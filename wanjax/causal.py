@@ -8,6 +8,8 @@ depend on the video, nothing of it outlives a call, and a network holds paramete
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 
 import jax
@@ -19,14 +21,20 @@ from jaxtyping import Array, Float
 
 from wanjax.nn import conv, xavier_uniform
 
+Network = Callable[[Array, "Memory"], Array]
+
 
 class Memory:
     """What the causal layers remember between chunks, in the order in which they ask for it."""
 
-    def __init__(self, past: list[Array] | None = None):
+    def __init__(self, past: list | None = None):
         self.first = past is None
-        self.kept: list[Array] = []
+        self.kept: list = []
         self._past = iter(past or ())
+
+    def part(self) -> list | None:
+        """What a part of the network keeps in a memory of its own; add its successor to `kept`."""
+        return None if self.first else next(self._past)
 
     def prepend(self, x: Float[Array, "B T H W C"], count: int) -> Float[Array, "B T2 H W C"]:
         """`x` behind the `count` frames before it (zeros at the start), whose last are kept."""
@@ -38,8 +46,89 @@ class Memory:
         return x
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """`count` tiles over `width` columns of an input, which a network turns into `scale` times as
+    many. A column of its output depends on `reach` columns of the input to each side, so a tile
+    sees that many more than it shows. At the border of the picture a tile ends where the picture
+    does, so that what a convolution sees beyond is the same.
+
+    Starts are multiples of `align`, which a network that halves the width needs.
+    """
+
+    width: int
+    count: int
+    reach: int
+    scale: Fraction
+    align: int = 1
+
+    @property
+    def core(self) -> int:
+        """Columns of the input for which a tile answers."""
+        return -(-self.width // (self.count * self.align)) * self.align
+
+    @property
+    def margin(self) -> int:
+        """Columns that a tile sees beyond each border of its core."""
+        return -(-self.reach // self.align) * self.align
+
+    @property
+    def seen(self) -> int:
+        """Columns of the input that a tile takes."""
+        return min(self.width, self.core + 2 * self.margin)
+
+    @property
+    def shown(self) -> int:
+        """Columns of the output that a tile gives."""
+        return int(self.core * self.scale)
+
+    @property
+    def cores(self) -> list[int]:
+        """Where the cores begin; the last ones may overlap, and agree where they do."""
+        return [min(i * self.core, self.width - self.core) for i in range(self.count)]
+
+    @property
+    def starts(self) -> list[int]:
+        """Where the input of each tile begins."""
+        last = self.width - self.seen
+        return [min(max(0, core - self.margin), last) for core in self.cores]
+
+    @property
+    def inside(self) -> list[int]:
+        """Where in its own output the columns begin that a tile shows."""
+        return [int((core - start) * self.scale) for core, start in zip(self.cores, self.starts)]
+
+
+def in_tiles(
+    network: Network, x: Float[Array, "B T H W C"], memory: Memory, tiling: Tiling
+) -> Float[Array, "B T2 H2 W2 C2"]:
+    """`network` over tiles of the width one after another, with the result of the whole.
+
+    Each tile has a memory of its own; they are kept stacked.
+    """
+    if tiling.count == 1:
+        return network(x, memory)
+
+    def one(tile: tuple[Array, Array, list | None]) -> tuple[Array, list]:
+        start, inside, past = tile
+        own = Memory(past)
+        y = network(jax.lax.dynamic_slice_in_dim(x, start, tiling.seen, axis=3), own)
+        return jax.lax.dynamic_slice_in_dim(y, inside, tiling.shown, axis=3), own.kept
+
+    places = jnp.asarray(tiling.starts), jnp.asarray(tiling.inside)
+    shown, kept = jax.lax.map(one, (*places, memory.part()))
+    memory.kept.append(kept)
+    _, *size, channels = shown.shape
+    size[3] = int(tiling.width * tiling.scale)
+    whole = jnp.zeros((*size, channels), shown.dtype)
+    for core, columns in zip(tiling.cores, shown):
+        at = int(core * tiling.scale)
+        whole = whole.at[:, :, :, at : at + tiling.shown].set(columns)
+    return whole
+
+
 def stream(
-    network: Callable[[Array, Memory], Array], x: Float[Array, "B T H W C"], chunk: int
+    network: Network, x: Float[Array, "B T H W C"], chunk: int
 ) -> Float[Array, "B T2 H2 W2 C2"]:
     """`network` over the first frame of `x`, then over its other frames, `chunk` at a time."""
     memory = Memory()
@@ -47,7 +136,7 @@ def stream(
     if x.shape[1] == 1:
         return head
 
-    def step(past: list[Array], frames: Array) -> tuple[list[Array], Array]:
+    def step(past: list, frames: Array) -> tuple[list, Array]:
         memory = Memory(past)
         y = network(frames, memory)
         return memory.kept, y

@@ -78,6 +78,36 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
+PictureAxes = tuple[tuple[str, ...], tuple[str, ...]]
+
+
+def picture_axes(height: int, width: int) -> PictureAxes:
+    """The mesh axes that split the height and the width of pictures, in units that must stay whole
+    (latents, for a VAE): every axis goes to the width if it divides it, else to the height, else to
+    neither, and those devices do the same work."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, columns = [], []
+    for axis in () if mesh.empty else mesh.axis_names:
+        size = mesh.shape[axis]
+        if size > 1 and width % size == 0:
+            width //= size
+            columns.append(axis)
+        elif size > 1 and height % size == 0:
+            height //= size
+            rows.append(axis)
+    return tuple(rows), tuple(columns)
+
+
+def split_picture(x: jax.Array, axes: PictureAxes = ((), ())) -> jax.Array:
+    """Constrain `B T H W C` to be split by `axes`, or to be whole on every device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    rows, columns = axes
+    entries = PartitionSpec(None, None, rows or None, columns or None, None)
+    return jax.lax.with_sharding_constraint(x, entries)
+
+
 def constrain_state(tree: Any) -> Any:
     """Constrain every variable in `tree` by the axes that it names, and other arrays to be whole on
     each device: where a state goes into a compiled step and comes out of it, it must stay where it

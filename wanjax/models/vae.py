@@ -2,10 +2,13 @@
 
 Both halves run chunk by chunk (`wanjax.causal`): the first frame alone, then four frames, one
 latent, at a time. Only the first chunk differs (it skips the convolutions over time), so a program
-holds each half twice, whatever the video's length. After `wan/modules/vae.py` of Wan-Video/Wan2.1.
+holds each half twice, whatever the video's length. Large pictures go through the highest
+resolutions in tiles, each with what it must see beyond its borders, so that there are no seams.
+After `wan/modules/vae.py` of Wan-Video/Wan2.1.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 
 import jax
@@ -17,9 +20,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from wanjax.attention import attention
-from wanjax.causal import CausalConv, Memory, stream
+from wanjax.causal import CausalConv, Memory, Tiling, in_tiles, stream
 from wanjax.errors import UserError
 from wanjax.nn import Linear, conv, xavier_uniform
+from wanjax.sharding import PictureAxes, picture_axes, split_picture
 
 AnyArray = Array | np.ndarray
 
@@ -110,10 +114,12 @@ class SpatialAttention(nnx.Module):
         self.out = pointwise(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
-        batch, _, height, _, _ = x.shape
+        batch, _, height, width, _ = x.shape
+        x = split_picture(x)  # every position sees the whole frame, which is small here
         qkv = rearrange(self.qkv(self.norm(x)), "b t h w (n c) -> n (b t) (h w) 1 c", n=3)
         y = attention(qkv[0], qkv[1], qkv[2])
-        return x + self.out(rearrange(y, "(b t) (h w) 1 c -> b t h w c", b=batch, h=height))
+        x = x + self.out(rearrange(y, "(b t) (h w) 1 c -> b t h w c", b=batch, h=height))
+        return split_picture(x, picture_axes(height, width))
 
 
 class Middle(nnx.Module):
@@ -144,6 +150,10 @@ class Downsample(nnx.Module):
             return x
         return self.time(x, memory)
 
+    def reach(self, after: int) -> int:
+        """Columns to a side that are seen where `after` of the result are."""
+        return 2 * after + 2
+
 
 class Upsample(nnx.Module):
     """Doubles height and width and, if `time`, the frames after the first; halves the channels."""
@@ -161,6 +171,10 @@ class Upsample(nnx.Module):
             x = rearrange(self.time(x, memory), "b t h w (n c) -> b (t n) h w c", n=2)
         x = x.repeat(2, axis=2).repeat(2, axis=3)
         return self.space(x, stride=1, padding=(1, 1))
+
+    def reach(self, after: int) -> int:
+        """Columns to a side that are seen where `after` of the result are."""
+        return -(-(after + 1) // 2)
 
 
 class Stage(nnx.Module):
@@ -189,6 +203,22 @@ class Stage(nnx.Module):
             x = block(x, memory)
         return x if self.resample is None else self.resample(x, memory)
 
+    def reach(self, after: int) -> int:
+        """Columns to a side that are seen where `after` of the result are."""
+        after = after if self.resample is None else self.resample.reach(after)
+        return after + 2 * len(self.blocks)  # two convolutions each
+
+
+# The stages at the highest resolutions, whose arrays are the largest, and how many elements one
+# frame of them may have (fp32: 128 MiB); beyond that they work through the width in tiles.
+LARGE = 2
+TILE_ELEMENTS = 1 << 25
+
+
+def tiles(batch: int, height: int, width: int, channels: int) -> int:
+    """Into how many tiles pictures of full resolution are cut."""
+    return -(-batch * height * width * channels // TILE_ELEMENTS)
+
 
 class Encoder(nnx.Module):
     """Video to the moments of its latents, before their last product."""
@@ -207,11 +237,28 @@ class Encoder(nnx.Module):
         self.conv_out = CausalConv(widths[-1], 2 * config.z_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T H W 3"], memory: Memory) -> Float[Array, "B t h w C"]:
-        x = self.conv_in(x, memory)
-        for stage in self.stages:
+        smaller = 2 ** (len(self.stages) - 1)
+        axes = picture_axes(x.shape[2] // smaller, x.shape[3] // smaller)
+        x = in_tiles(self._large, split_picture(x, axes), memory, self._tiling(x, axes))
+        for stage in self.stages[LARGE:]:
             x = stage(x, memory)
         x = self.middle(x, memory)
         return self.conv_out(jax.nn.silu(self.norm_out(x)), memory)
+
+    def _large(self, x: Float[Array, "B T H W 3"], memory: Memory) -> Float[Array, "B T2 H2 W2 C"]:
+        x = self.conv_in(x, memory)
+        for stage in self.stages[:LARGE]:
+            x = stage(x, memory)
+        return x
+
+    def _tiling(self, x: Float[Array, "B T H W 3"], axes: PictureAxes) -> Tiling:
+        reach, smaller = 0, 1
+        for stage in reversed(self.stages[:LARGE]):
+            reach = stage.reach(reach)
+            smaller *= 1 if stage.resample is None else 2
+        batch, _, height, width, _ = x.shape
+        count = 1 if any(axes) else tiles(batch, height, width, self.conv_in.kernel.shape[-1])
+        return Tiling(width, count, reach + 1, Fraction(1, smaller), align=smaller)
 
 
 class Decoder(nnx.Module):
@@ -232,10 +279,26 @@ class Decoder(nnx.Module):
         self.conv_out = CausalConv(config.widths[0], 3, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B T H W 3"]:
-        x = self.middle(self.conv_in(x, memory), memory)
-        for stage in self.stages:
+        axes = picture_axes(*x.shape[2:4])
+        x = self.middle(self.conv_in(split_picture(x, axes), memory), memory)
+        for stage in self.stages[:-LARGE]:
+            x = stage(x, memory)
+        return in_tiles(self._large, x, memory, self._tiling(x, axes))
+
+    def _large(self, x: Float[Array, "B T H W C"], memory: Memory) -> Float[Array, "B T H2 W2 3"]:
+        for stage in self.stages[-LARGE:]:
             x = stage(x, memory)
         return self.conv_out(jax.nn.silu(self.norm_out(x)), memory)
+
+    def _tiling(self, x: Float[Array, "B T H W C"], axes: PictureAxes) -> Tiling:
+        reach, larger = 1, 1
+        for stage in reversed(self.stages[-LARGE:]):
+            reach = stage.reach(reach)
+            larger *= 1 if stage.resample is None else 2
+        batch, _, height, width, _ = x.shape
+        size = (batch, larger * height, larger * width)
+        count = 1 if any(axes) else tiles(*size, self.conv_out.kernel.shape[-2])
+        return Tiling(width, count, reach, Fraction(larger))
 
 
 class VAE(nnx.Module):

@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.toy import randomised_adapters, toy_batch, toy_dit
@@ -23,6 +25,8 @@ from wanjax.training import (
     place_batch,
     train_step,
 )
+
+pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("quickly")]
 
 CONFIG = TrainConfig(rank=3, alpha=6, targets="all", learning_rate=1e-2, warmup=3, dtype="float32")
 
@@ -89,6 +93,65 @@ def test_muon_gives_each_layer_of_a_stack_a_step_of_its_own():
     for change in (kernel() - before) / config.learning_rate:
         largest = np.linalg.norm(change, 2) / (0.2 * np.sqrt(max(change.shape)))
         assert 0.65 < largest < 1.25
+
+
+def updates(optimizer, gradients: list[dict], params: dict) -> list[dict]:
+    """What an optimizer adds to `params`, which stay as they are, step by step."""
+    state, moves = optimizer.init(params), []
+    for gradient in gradients:
+        move, state = optimizer.update(gradient, state, params)
+        moves.append(move)
+    return moves
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gradients_are_clipped_to_the_norm_of_all_together(optimizer):
+    """A gradient ten times too large acts as it does at the norm it is clipped to; AdamW and Muon
+    hardly feel a gradient's size at once, only beside those that came before."""
+    config = replace(CONFIG, optimizer=optimizer, warmup=0, clip_norm=0.5)
+    params = {"blocks": {"kernel": jnp.zeros((3, 4, 5))}, "scale": jnp.zeros(7)}
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    small, other = (tree.unflatten([rng.normal(size=x.shape) for x in leaves]) for _ in range(2))
+    to_norm = lambda tree, norm: jax.tree.map(lambda x: x * norm / optax.tree.norm(tree), tree)  # noqa: E731
+    small, clipped, large = to_norm(small, 0.4), to_norm(other, 0.5), to_norm(other, 5.0)
+    make = lambda: make_optimizer(config)  # noqa: E731
+    expected = updates(make(), [small, clipped], params)
+    got = updates(make(), [small, large], params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4), got, expected)
+    free = updates(make_optimizer(replace(config, clip_norm=1e9)), [small, large], params)
+    difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), free[1], expected[1])
+    assert min(jax.tree.leaves(difference)) > 1e-2 * config.learning_rate
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weights_decay_apart_from_the_gradient(optimizer):
+    """Without a gradient every weight moves towards zero by its share of the learning rate."""
+    config = replace(CONFIG, optimizer=optimizer, warmup=0, weight_decay=0.25)
+    rng = np.random.default_rng(0)
+    params = {"blocks": {"kernel": rng.normal(size=(3, 4, 5))}, "scale": rng.normal(size=7)}
+    params = jax.tree.map(jnp.asarray, params)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    (move,) = updates(make_optimizer(config), [nothing], params)
+    expected = jax.tree.map(lambda x: -config.learning_rate * 0.25 * x, params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), move, expected)
+
+
+def drawn(monkeypatch, of: str, steps: int = 3) -> list[float]:
+    """What `train_step` draws at each of its steps: the mean of its times or of its noise."""
+    draw = {"times": lambda times, noise: times, "noise": lambda _, noise: noise.mean((1, 2, 3, 4))}
+    monkeypatch.setattr(
+        "wanjax.flow.losses_at", lambda model, batch, times, noise: draw[of](times, noise)
+    )
+    trainer = Trainer(toy_dit(), CONFIG)
+    return [trainer.train(toy_batch())["loss"] for _ in range(steps)]
+
+
+@pytest.mark.parametrize("of", ["times", "noise"])
+def test_every_step_draws_its_own_times_and_noise(monkeypatch, of):
+    """The same ones in another run with this seed."""
+    first = drawn(monkeypatch, of)
+    assert len(set(first)) == len(first) and drawn(monkeypatch, of) == first
 
 
 def test_muon_wants_one_device():

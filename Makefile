@@ -10,7 +10,7 @@ export JAX_PLATFORMS ?= cpu
 # The exact versions that were tested.
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test test-matrix test-tree-mode test-newest lint bench clean
+.PHONY: demo test test-matrix test-tree-mode test-newest test-mesh lint bench clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m examples.demo $(if $(CLIP),--clip "$(CLIP)") $(if $(CAPTION),--caption "$(CAPTION)")
@@ -20,8 +20,8 @@ test: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
-# What takes longer or needs another Python: Flax's tree mode, and the newest jax and flax.
-test-matrix: test-tree-mode test-newest
+# What takes longer or needs another Python: Flax's tree mode, the newest jax and flax, all meshes.
+test-matrix: test-tree-mode test-newest test-mesh
 
 # What touches NNX, in the mode that is to become Flax's default.
 test-tree-mode: $(VENV)/.test
@@ -29,6 +29,10 @@ test-tree-mode: $(VENV)/.test
 
 NNX_TESTS := tests/test_lora.py tests/test_training.py tests/test_vae.py tests/test_weights.py \
 	tests/parity/test_dit.py tests/parity/test_umt5.py tests/parity/test_clip.py
+
+# Sharded equals unsharded on all twenty meshes of 1, 2, 4 and 8 virtual devices; prints a table.
+test-mesh: $(VENV)/.test
+	$(RUN) -m tests.meshes --all
 
 NEWEST := .venv-newest
 test-newest:

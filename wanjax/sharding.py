@@ -6,21 +6,24 @@ Stacked layers need nothing: names align with the *trailing* dimensions.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wanjax.errors import UserError
 
 SEQUENCE = ("ring", "ulysses")
+AXES = ("data", *SEQUENCE)
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data",),
     "tokens": SEQUENCE,
-    "embed": ("data", *SEQUENCE),
+    "embed": AXES,
     "mlp": (),
     "rank": (),
 }
@@ -29,16 +32,45 @@ RULES: dict[str, tuple[str, ...]] = {
 def make_mesh(
     data: int = 1, ring: int = 1, ulysses: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh `data x ring x ulysses`, the last two for the sequence; refuses what does not fit."""
+    """A mesh `data x ring x ulysses`, the last two for the sequence, in which neighbours are near.
+
+    Raises `UserError` where there are fewer devices, and warns where there are more.
+    """
     devices = jax.devices() if devices is None else list(devices)
-    wanted = data * ring * ulysses
-    if wanted < 1 or len(devices) % wanted or wanted > len(devices):
+    sizes = (data, ring, ulysses)
+    wanted = math.prod(sizes)
+    named = f"A mesh data={data} ring={ring} ulysses={ulysses}"
+    if min(sizes) < 1 or wanted > len(devices):
         raise UserError(
-            f"A mesh data={data} ring={ring} ulysses={ulysses} needs {wanted} devices and "
-            f"there are {len(devices)}; choose sizes whose product divides {len(devices)}."
+            f"{named} needs {wanted} devices and there are {len(devices)}; "
+            f"choose sizes whose product is {len(devices)}."
         )
-    grid = np.asarray(devices[:wanted]).reshape(data, ring, ulysses)
-    return Mesh(grid, ("data", *SEQUENCE), axis_types=(AxisType.Auto,) * 3)
+    if wanted < len(devices):
+        warnings.warn(f"{named} uses {wanted} of {len(devices)} devices.", stacklevel=2)
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices[:wanted])
+
+
+def check_heads(heads: int, ulysses: int) -> None:
+    """Refuse a degree of Ulysses that does not divide the heads, naming the nearest that does."""
+    if heads % ulysses:
+        divisors = (d for d in range(1, heads + 1) if not heads % d)
+        near = min(divisors, key=lambda d: abs(d - ulysses))
+        raise UserError(
+            f"ulysses={ulysses} does not divide the model's {heads} heads; use ulysses={near}, and "
+            "ring for the rest."
+        )
+
+
+def check_rows(rows: int, mesh: Mesh | None, what: str) -> None:
+    """Refuse a batch of `rows` that the mesh's `data` does not divide, naming what does."""
+    ways = 1 if mesh is None else mesh.shape["data"]
+    if rows % ways:
+        near = max(d for d in range(1, rows + 1) if not rows % d and d <= ways)
+        raise UserError(
+            f"{what} has {rows} rows and they do not divide over data={ways}; use data={near}, and "
+            "ring or ulysses for the rest."
+        )
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
@@ -106,6 +138,41 @@ def split_picture(x: jax.Array, axes: PictureAxes = ((), ())) -> jax.Array:
     rows, columns = axes
     entries = PartitionSpec(None, None, rows or None, columns or None, None)
     return jax.lax.with_sharding_constraint(x, entries)
+
+
+def fill(x: jax.Array, name: str, axis: int) -> jax.Array:
+    """Zeros at the end of an axis until the mesh divides it, where one is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else math.prod(mesh.shape[a] for a in RULES[name])
+    missing = -x.shape[axis] % ways
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
+
+
+def whole(tree: Any) -> Any:
+    """Gather every variable in `tree` on each device, here and once; its gradient is scattered to
+    where the variable lies. Left to itself XLA may multiply piece by piece while weights go around,
+    which sends more."""
+
+    def gather(leaf: nnx.Variable | jax.Array) -> nnx.Variable | jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        if not isinstance(leaf, nnx.Variable) or mesh.size <= 1:
+            return leaf
+        value = leaf[...]
+        axes = leaf.get_metadata().get("axes") or ()
+        return leaf.replace(_gathered(spec(axes, value.shape, mesh), value))
+
+    return jax.tree.map(gather, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered(home: PartitionSpec, x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+_gathered.defvjp(
+    lambda home, x: (_gathered(home, x), None),
+    lambda home, _, change: (jax.lax.with_sharding_constraint(change, home),),
+)
 
 
 def constrain_state(tree: Any) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from types import FrameType
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +21,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
 from wanjax import lora
@@ -28,7 +29,7 @@ from wanjax.checkpoint import Checkpoints
 from wanjax.errors import UserError
 from wanjax.flow import flow_loss, losses_at
 from wanjax.models.dit import DiT
-from wanjax.sharding import constrain_state, shardings, spec
+from wanjax.sharding import check_rows, constrain_state, shardings, spec
 from wanjax.types import Batch
 
 
@@ -209,23 +210,40 @@ VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @partial(jax.jit, static_argnames="graph")
 def validation_losses(
-    params: nnx.State, frozen: nnx.State, batch: Batch, key: jax.Array, *, graph: nnx.GraphDef
-) -> Float[Array, " Q"]:
-    """Mean loss at five fixed times with noise that depends on `key` only."""
+    params: nnx.State,
+    frozen: nnx.State,
+    batch: Batch,
+    windows: Int[Array, " B"],
+    *,
+    graph: nnx.GraphDef,
+) -> Float[Array, " B"]:
+    """Each window's mean loss at five fixed times, with noise that hangs on its number alone."""
     model = nnx.merge(graph, params, frozen)
-    noise = jax.random.normal(key, batch.latents.shape)
-    count = batch.latents.shape[0]
-    at = lambda t: losses_at(model, batch, jnp.full(count, t), noise).mean()  # noqa: E731
-    return jax.lax.map(at, jnp.asarray(VALIDATION_TIMES))
+    count, *shape = batch.latents.shape
+    draw = lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(0), i), shape)  # noqa: E731
+    noise = jax.vmap(draw)(windows)
+    at = lambda t: losses_at(model, batch, jnp.full(count, t), noise)  # noqa: E731
+    return jax.lax.map(at, jnp.asarray(VALIDATION_TIMES)).mean(0)
+
+
+def in_rows(batches: Iterator[Batch], rows: int) -> Iterator[tuple[Batch, int]]:
+    """The examples of `batches` in batches of `rows`, each with the number of those that are real:
+    the last batch is filled up with its last example."""
+    examples = (example for batch in batches for example in _examples(batch))
+    while taken := list(islice(examples, rows)):
+        full = taken + [taken[-1]] * (rows - len(taken))
+        yield jax.tree.map(lambda *x: np.stack(x), *full), len(taken)
+
+
+def _examples(batch: Batch) -> list[Batch]:
+    return [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(batch.latents))]
 
 
 def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
     """A host batch on the devices, its examples spread over the mesh's `data` axis."""
     if mesh is None:
         return jax.device_put(batch)
-    size, ways = batch.latents.shape[0], mesh.shape["data"]
-    if size % ways:
-        raise UserError(f"A batch of {size} does not divide over data={ways}; change one of them.")
+    check_rows(batch.latents.shape[0], mesh, "A batch")
 
     def place(x: np.ndarray) -> jax.Array:
         axes = ("batch",) + (None,) * (x.ndim - 1)
@@ -251,7 +269,7 @@ class Trainer:
 
     def train(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on a host batch."""
-        with self._on_mesh():
+        with self.on_mesh():
             self.state, metrics = train_step(
                 self.state,
                 self.frozen,
@@ -265,16 +283,16 @@ class Trainer:
             return {name: float(value) for name, value in metrics.items()}
 
     def validate(self, batches: Iterator[Batch]) -> float:
-        """Mean loss over batches at fixed times and noises; comparable from step to step."""
-        losses = []
-        with self._on_mesh():
-            for i, batch in enumerate(batches):
-                key = jax.random.fold_in(jax.random.key(0), i)
-                batch = place_batch(batch, self.mesh)
-                at_times = validation_losses(
-                    self.state.params, self.frozen, batch, key, graph=self.graph
-                )
-                losses.append(float(at_times.mean()))
+        """Mean loss over windows at fixed times and noises; comparable from step to step, and the
+        same on every mesh."""
+        losses: list[float] = []
+        rows = 1 if self.mesh is None else self.mesh.shape["data"]
+        with self.on_mesh():
+            for batch, real in in_rows(batches, rows):
+                windows = np.arange(len(losses), len(losses) + rows, dtype=np.int32)
+                placed = place_batch(batch, self.mesh)
+                given = (self.state.params, self.frozen, placed, windows)
+                losses += np.asarray(validation_losses(*given, graph=self.graph))[:real].tolist()
         return float(np.mean(losses))
 
     def model(self) -> DiT:
@@ -292,7 +310,7 @@ class Trainer:
         self.state, loader = checkpoints.restore(step, like)
         return loader
 
-    def _on_mesh(self):
+    def on_mesh(self):
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 

@@ -38,6 +38,32 @@ def _attend(q, k, v, count):
     return _weigh(jnp.exp(s - lse[:, None]), v), lse
 
 
+def attend_gradients(
+    query: Float[Array, "B N K E"],
+    key: Float[Array, "B M K E"],
+    value: Float[Array, "B M K E"],
+    change: Float[Array, "B N K E"],
+    lse: Float[Array, "B N K"],
+    delta: Float[Array, "B N K"],
+    count: Count = None,
+) -> tuple[Float[Array, "B N K E"], Float[Array, "B M K E"], Float[Array, "B M K E"]]:
+    """What these keys contribute to the gradients of q, k and v, where `lse` is that of all keys.
+
+    With `p = exp(s - lse)`, `ds = p * (change v^T - delta)` and `delta = sum_e change * out`: which
+    is the gradient of `<change, p v> - <delta, sum_m p>` with `lse` held fixed.
+    """
+
+    def weigh(q, lse, k, v):
+        p = jnp.exp(scores(q, k, count) - lse[:, None])
+        return _weigh(p, v), p.sum(-1)
+
+    def parts(query, key, value):
+        return over_chunks(weigh, (query, lse), (key, value))
+
+    back = jax.vjp(parts, query, key, value)[1]
+    return back((change.astype(jnp.float32), -delta))
+
+
 def scores(q: Float[Array, "N E"], k: Float[Array, "M E"], count: Count) -> Float[Array, "N M"]:
     """Scaled scores of one head in fp32; those of padding are `HIDDEN`."""
     s = jnp.einsum(
@@ -69,13 +95,19 @@ def over_chunks(
     size = min(CHUNK, length)
     count = -(-length // size)
 
+    @jax.checkpoint
+    def one_chunk(queries, keys):
+        return body(*queries, *(x.astype(like.dtype) for x, like in zip(keys, by_key)))
+
     def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
         return rearrange(x, "b (c n) k ... -> (b k) c n ...", n=size)
 
     def one_head(given):
         queries, keys = given
-        return jax.lax.map(lambda chunk: jax.checkpoint(body)(*chunk, *keys), queries)
+        # In fp32, as the gradients of keys and values are sums over all chunks.
+        keys = tuple(x.astype(jnp.float32) for x in keys)
+        return jax.lax.map(lambda chunk: one_chunk(chunk, keys), queries)
 
     keys = tuple(rearrange(x, "b m k ... -> (b k) m ...") for x in by_key)
     out = jax.lax.map(one_head, (tuple(map(split, by_query)), keys))

@@ -20,7 +20,7 @@ from wanjax.attention import attention, matmul_precision
 from wanjax.errors import UserError
 from wanjax.nn import LayerNorm, Linear, RMSNorm, gelu_exact, gelu_tanh, stack, xavier_uniform
 from wanjax.rope import rotary_table, rotate
-from wanjax.sharding import constrain
+from wanjax.sharding import constrain, fill, whole
 
 Rotary = tuple[Float[Array, "N E2"], Float[Array, "N E2"]]
 
@@ -73,11 +73,14 @@ class SelfAttention(nnx.Module):
         self.o = Linear(d, d, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
         self.norm_q, self.norm_k = RMSNorm(d, eps=config.eps), RMSNorm(d, eps=config.eps)
 
-    def __call__(self, x: Float[Array, "B N D"], rotary: Rotary) -> Float[Array, "B N D"]:
+    def __call__(
+        self, x: Float[Array, "B N D"], rotary: Rotary, count: int
+    ) -> Float[Array, "B N D"]:
         q = rotate(split_heads(self.norm_q(self.q(x)), self.head_size), rotary)
         k = rotate(split_heads(self.norm_k(self.k(x)), self.head_size), rotary)
         v = split_heads(self.v(x), self.head_size)
-        return self.o(join_heads(attention(q, k, v)))
+        out = attention(q, k, v, queries="tokens", keys="tokens", count=count)
+        return self.o(join_heads(out))
 
 
 class CrossAttention(nnx.Module):
@@ -106,11 +109,13 @@ class CrossAttention(nnx.Module):
         return self.o(join_heads(out))
 
     def _attend(self, q, k, v):
-        return attention(q, split_heads(k, self.head_size), split_heads(v, self.head_size))
+        k, v = split_heads(k, self.head_size), split_heads(v, self.head_size)
+        return attention(q, k, v, queries="tokens")
 
 
 class Block(nnx.Module):
-    """One transformer block; `modulation` is added to the timestep's six vectors."""
+    """One transformer block; `modulation` is added to the timestep's six vectors. Of the tokens
+    the first `count` are real."""
 
     def __init__(self, config: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d, eps = config.dim, config.eps
@@ -130,10 +135,11 @@ class Block(nnx.Module):
         text: Float[Array, "B L D"],
         image: Float[Array, "B S D"] | None,
         rotary: Rotary,
+        count: int,
     ) -> Float[Array, "B N D"]:
         vectors = jnp.split(self.modulation[...] + time, 6, axis=1)
         shift_self, scale_self, gate_self, shift_ffn, scale_ffn, gate_ffn = vectors
-        y = self.self_attn(modulate(self.norm_self, x, shift_self, scale_self), rotary)
+        y = self.self_attn(modulate(self.norm_self, x, shift_self, scale_self), rotary, count)
         x = add_gated(x, y, gate_self)
         x = x + self.cross_attn(self.norm_cross(x), text, image)
         y = self.ffn(modulate(self.norm_ffn, x, shift_ffn, scale_ffn))
@@ -224,19 +230,22 @@ class DiT(nnx.Module):
         self._check(latents, timestep, text, image, condition)
         x = latents if condition is None else jnp.concatenate([latents, condition], axis=-1)
         grid = tuple(s // p for s, p in zip(x.shape[1:4], self.config.patch_size))
-        x = constrain(self.patch_embed(x), "batch", "tokens", None)
+        x = self.patch_embed(x)
+        count = x.shape[1]
+        x = constrain(fill(x, "tokens", axis=1), "batch", "tokens", None)
 
         time = self.time_embed(timestep)
         time_blocks = rearrange(self.time_projection(jax.nn.silu(time)), "B (n D) -> B n D", n=6)
         text = self.text_embed(text)
         image = None if image is None else self.image_embed(image.astype(text.dtype))
-        rotary = rotary_table(grid, self.config.head_size)
+        table = rotary_table(grid, self.config.head_size)
+        rotary = tuple(fill(part, "tokens", axis=0) for part in table)
 
         def step(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return block(x, time_blocks, text, image, rotary), None
+            return whole(block)(x, time_blocks, text, image, rotary, count), None
 
         x, _ = jax.lax.scan(jax.checkpoint(step) if self.remat else step, x, self.blocks)
-        x = constrain(self.head(x, time), "batch", "tokens", None)
+        x = constrain(self.head(x, time), "batch", "tokens", None)[:, :count]
         (t, h, w), (a, b, c) = grid, self.config.patch_size
         return rearrange(
             x, "B (t h w) (a b c C) -> B (t a) (h b) (w c) C", t=t, h=h, w=w, a=a, b=b, c=c

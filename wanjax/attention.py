@@ -7,8 +7,9 @@ scores of one chunk, never the whole `N x N` matrix, are held at a time.
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from wanjax.precision import matmul_precision
 
 # Scores held at once by the reference, in elements (fp32): 64 Mi elements are 256 MiB.
 CHUNK_ELEMENTS = 1 << 26
@@ -54,8 +55,3 @@ def _attend(query, key, value, bias, scale):
         scores = scores + bias
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bknm,bmke->bnke", weights, value, precision=precision)
-
-
-def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
-    """fp32 means fp32: TPUs and GPUs would otherwise multiply it in bf16 or TF32."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT

@@ -19,7 +19,8 @@ from wanjax.data.features import FeatureSpec, FeatureWriter
 from wanjax.data.framing import fit
 from wanjax.data.video import probe
 from wanjax.errors import UserError, run_script
-from wanjax.pipeline import Pipeline, parse_dtype
+from wanjax.pipeline import Pipeline
+from wanjax.precision import parse_dtype
 from wanjax.progress import progress_bar
 from wanjax.weights import fingerprint
 

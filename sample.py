@@ -19,7 +19,8 @@ from wanjax.data.video import write_video
 from wanjax.errors import UserError, nearest, run_script
 from wanjax.lora import LoRA
 from wanjax.outputs import require_writable
-from wanjax.pipeline import Conditioned, Pipeline, parse_dtype
+from wanjax.pipeline import Conditioned, Pipeline
+from wanjax.precision import parse_dtype
 from wanjax.solvers import make_schedule
 
 PER_VIDEO = frozenset(
@@ -39,6 +40,7 @@ def main() -> None:
     pipeline = Pipeline(
         job.checkpoint,
         dtype=parse_dtype(job.dtype),
+        residual=job.residual,
         loras=[read_adapter(text) for text in job.lora],
         mesh=parse_mesh(job.mesh),
     )

@@ -16,15 +16,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from configs import TrainJob, command_line, parse_mesh
-from wanjax.checkpoint import RUN_FILE, Checkpoints, check_resumable, read_run
+from wanjax.checkpoint import RUN_FILE, RUN_VERSION, Checkpoints, check_resumable, read_run
 from wanjax.data.features import Features
 from wanjax.data.loader import make_loader
 from wanjax.errors import UserError, run_script
 from wanjax.metrics import MetricsLog
 from wanjax.outputs import require_writable, whole_file
-from wanjax.pipeline import parse_dtype
+from wanjax.precision import parse_dtype
 from wanjax.progress import progress_bar
-from wanjax.training import Trainer, check_config, free_to_change, stop_signals
+from wanjax.training import TrainConfig, Trainer, check_config, free_to_change, stop_signals
 from wanjax.types import Batch
 from wanjax.weights import fingerprint, load_network, read_config, replace_network
 
@@ -94,6 +94,7 @@ def describe(preset: str, job: TrainJob, features: Features) -> dict:
     """Everything that makes this run what it is; a resumed run must have the same."""
     return {
         "format": "wanjax-run",
+        "version": RUN_VERSION,
         "preset": preset,
         "mesh": job.mesh,
         "base": fingerprint(job.checkpoint, "dit"),
@@ -111,7 +112,7 @@ def digest(features: Features) -> str:
 def check_run(run: Path, settings: dict, free: frozenset[str]) -> None:
     """See that `run` is new, or that the run which stands there is this one but for `free`."""
     if (run / RUN_FILE).exists():
-        check_resumable(run, settings, read_run(run), free)
+        check_resumable(run, settings, read_run(run), free, asdict(TrainConfig()))
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run} exists and is not a run of train.py; choose another --run.")
     require_writable(run / RUN_FILE)

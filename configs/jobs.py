@@ -40,7 +40,7 @@ class EncodeJob:
     skip_short: bool = False
     """Leave out shots that are shorter than one window; otherwise they are an error."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of umT5 and CLIP, and of the cached features; the VAE runs in fp32."""
+    """Precision of umT5 and of the cached features; CLIP and the VAE run in fp32."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,9 @@ class SampleJob:
     preprocess: Literal["official", "diffusers"] = "official"
     """How the picture becomes the encoders' input; as in encode.py."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the matrix products; the VAE runs in fp32."""
+    """Precision of the large matrix products; what else runs in fp32: docs/precision.md."""
+    residual: Literal["bfloat16", "float32"] = "float32"
+    """Type of the denoiser's residual stream; bfloat16 takes less memory, with three times the
+    error."""
     mesh: str | None = None
     """Devices, such as data=1,ring=1,ulysses=8; all on one device when left out."""

@@ -22,7 +22,7 @@ _EXAMPLES = """\
 examples:
   # the official checkpoint, as `hf download` left it, or diffusers' copy of it
   python -m convert pipeline Wan2.1-I2V-14B-720P checkpoints/i2v_14b_720p
-  # half the size on the disk; norms and modulation are rounded to bfloat16 as well
+  # half the size on the disk; what is computed in float32 (norms, VAE, ...) stays in float32
   python -m convert pipeline Wan2.1-I2V-14B-720P checkpoints/i2v_14b_720p --dtype bfloat16
   # ComfyUI's files: one of them, or a folder of them
   python -m convert pipeline wan2.1_i2v_720p_14B_bf16.safetensors checkpoints/dit_only
@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     pipeline.add_argument("src", type=Path, metavar="SRC", help="a folder, or one safetensors file")
     pipeline.add_argument("dst", type=Path, metavar="DST", help="the native folder to write")
     pipeline.add_argument(
-        "--dtype", choices=_DTYPES, help="cast all tensors (default: each keeps its type)"
+        "--dtype",
+        choices=_DTYPES,
+        help="type of the large matrices (default: each tensor keeps its type)",
     )
     pipeline.add_argument("--only", **only)
 

@@ -25,6 +25,12 @@ def leaf_shapes(network: str, config: Config) -> dict[str, tuple[int, ...]]:
     return {k: v.shape for k, v in parameters(abstract_network(network, config, "float32")).items()}
 
 
+@functools.cache
+def leaf_types(network: str, config: Config, asked: np.dtype) -> dict[str, np.dtype]:
+    """The types of all our tensors where `asked` is asked for (`wanjax.precision`)."""
+    return {k: v.dtype for k, v in parameters(abstract_network(network, config, asked)).items()}
+
+
 def native_plan(
     network: str,
     config: Config,
@@ -33,7 +39,7 @@ def native_plan(
     where: str,
     dtype: np.dtype | None = None,
 ) -> list[Planned]:
-    """Our leaves out of their tensors, in the type that these have, or in `dtype`.
+    """Our leaves out of their tensors, in the type that these have, or as `dtype` asks for.
 
     Raises `UserError` for a missing, stray or misshapen tensor, and where layers that become one
     leaf differ in type and no `dtype` is given.
@@ -48,9 +54,8 @@ def native_plan(
         stacked = leaves[name][0].layer is not None
         layer_shape = shape[1:] if stacked else shape
         parts = tuple(_ours(e, tensors[e.theirs], layer_shape, where) for e in leaves[name])
-        kind = dtype or _one_type(
-            [(e.theirs, tensors[e.theirs].dtype) for e in leaves[name]], where
-        )
+        found = [(e.theirs, tensors[e.theirs].dtype) for e in leaves[name]]
+        kind = leaf_types(network, config, dtype)[name] if dtype else _one_type(found, where)
         planned.append(Planned(name, kind, shape, parts))
     return planned
 

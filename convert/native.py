@@ -13,7 +13,7 @@ from convert.sources import SPIECE, Checkpoint, open_checkpoint
 from convert.stream import Planned, write_safetensors
 from convert.table import expand
 from wanjax.outputs import refuse_existing
-from wanjax.weights import METADATA, Manifest, copy_tokenizer, write_manifest
+from wanjax.weights import METADATA, Manifest, copy_tokenizer, lost, write_manifest
 
 
 def convert_pipeline(
@@ -21,8 +21,9 @@ def convert_pipeline(
 ) -> str:
     """Write the native folder `dst` and return a report of what went into it.
 
-    Tensors keep their types unless `dtype` is given. Raises `UserError`, and leaves nothing behind,
-    where the source is not whole or the disk has no room.
+    Tensors keep their types unless `dtype` is given: then they have what `wanjax.precision` says
+    for it, so that bfloat16 leaves in fp32 what is computed in fp32. Raises `UserError`, and leaves
+    nothing behind, where the source is not whole or the disk has no room.
     """
     refuse_existing(dst)
     checkpoint = open_checkpoint(src, only)
@@ -83,4 +84,9 @@ def _report(checkpoint: Checkpoint, plans: Mapping[str, list[Planned]]) -> list[
         lines.append(summary(name, plan, f"{count:,} {named.layout} tensors as {len(plan):,}"))
         for family, number in dropped_by_family(named.dropped).items():
             lines.append(f"  {'':14} dropped {number:,} tensors {family}")
+        if names := lost(name, config, {p.name: p.parts[0].dtype for p in plan}):
+            lines.append(
+                f"  {'':14} {len(names):,} tensors that are computed in float32 are coarser in the "
+                f"source, such as '{names[-1]}'"
+            )
     return lines

@@ -27,7 +27,7 @@ from tests.checkpoints import (
 from wanjax.errors import UserError
 from wanjax.models.dit import DiTConfig
 from wanjax.tensor_files import read_safetensors
-from wanjax.weights import read_config
+from wanjax.weights import abstract_network, parameters, read_config
 
 
 @pytest.fixture(scope="module")
@@ -222,13 +222,28 @@ def test_kinds_of_diffusion_model_through_all_formats(config: DiTConfig, tmp_pat
     assert_same_tensors(src, tmp_path / "out")
 
 
-def test_dtype_casts_every_tensor(official, native, tmp_path):
-    kind = np.dtype(ml_dtypes.bfloat16)
-    convert_pipeline(official, tmp_path / "bf16", dtype=kind, only=("dit",))
-    cast = read_safetensors(tmp_path / "bf16/dit.safetensors").tensors
-    kept = read_safetensors(native / "dit.safetensors").tensors
-    for name, tensor in kept.items():
-        assert cast[name].dtype == kind and np.array_equal(cast[name], tensor.astype(kind)), name
+@pytest.mark.parametrize("asked", ["bfloat16", "float32"])
+def test_dtype_casts_what_the_precision_table_says(asked, official, native, tmp_path):
+    """Tensor for tensor what a network in that type holds: norms, head and VAE stay in fp32."""
+    report = convert_pipeline(official, tmp_path / "cast", dtype=np.dtype(asked))
+    assert "coarser in the source" not in report
+    seen = set()
+    for network, config in read_config(tmp_path / "cast").items():
+        cast = read_safetensors(tmp_path / f"cast/{network}.safetensors").tensors
+        kept = read_safetensors(native / f"{network}.safetensors").tensors
+        for name, leaf in parameters(abstract_network(network, config, asked)).items():
+            assert cast[name].dtype == leaf.dtype, name
+            assert np.array_equal(cast[name], kept[name].astype(leaf.dtype)), name
+            seen.add((network, leaf.dtype.name))
+    halves = {("dit", "bfloat16"), ("text_encoder", "bfloat16"), ("image_encoder", "float16")}
+    assert seen == {(n, "float32") for n in CONFIGS} | (halves if asked == "bfloat16" else set())
+
+
+def test_what_a_source_in_bf16_has_lost_is_said(tmp_path):
+    tensors = random_tensors("vae", "official")
+    save_file({n: t.astype("bfloat16") for n, t in tensors.items()}, tmp_path / "vae.safetensors")
+    report = convert_pipeline(tmp_path / "vae.safetensors", tmp_path / "native", np.dtype("f4"))
+    assert f"{len(tensors)} tensors that are computed in float32 are coarser" in report
 
 
 def test_layers_of_two_types_need_a_dtype(tmp_path):

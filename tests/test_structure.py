@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each row imports only rows before it.
 ROWS = [
     ["types", "errors", "progress"],
-    ["sharding", "rope", "outputs"],
+    ["precision", "sharding", "rope", "outputs"],
     ["attention", "tensor_files"],
     ["nn"],
     ["causal"],

@@ -1,7 +1,8 @@
 """The training step and its loop in one process: what it differentiates, and exact resumption."""
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 
 from tests.toy import randomised_adapters, toy_batch, toy_dit
 from wanjax import lora
-from wanjax.checkpoint import Checkpoints, check_resumable
+from wanjax.checkpoint import RUN_FILE, RUN_VERSION, Checkpoints, check_resumable, read_run
 from wanjax.errors import UserError
 from wanjax.flow import flow_loss, losses_at, sample_times
 from wanjax.training import (
@@ -246,11 +247,39 @@ def test_validation_is_the_same_every_time_and_sees_the_adapters():
 
 
 def test_resume_refuses_changed_settings_by_name(tmp_path):
-    saved = vars(CONFIG)
-    check_resumable(tmp_path, {**saved, "steps": 99, "log_every": 7}, saved, FREE_TO_CHANGE)
+    saved, defaults = vars(CONFIG), vars(TrainConfig())
+    free = {**saved, "steps": 99, "log_every": 7}
+    check_resumable(tmp_path, free, saved, FREE_TO_CHANGE, defaults)
     for name in sorted(saved.keys() - FREE_TO_CHANGE):
         with pytest.raises(UserError, match=f"{name}="):
-            check_resumable(tmp_path, {**saved, name: "other"}, saved, FREE_TO_CHANGE)
+            check_resumable(tmp_path, {**saved, name: "other"}, saved, FREE_TO_CHANGE, defaults)
+
+
+# As wanjax 0.1.0 wrote it, before there was a version and a `residual`.
+FIRST_RUN = """{"format": "wanjax-run", "preset": "i2v_14b_480p", "mesh": null,
+"base": "0123456789abcdef", "features": "fedcba9876543210", "train": "lora", "rank": 8,
+"alpha": 16.0, "targets": "paper", "steps": 1000, "batch": 1, "optimizer": "adamw",
+"learning_rate": 3e-05, "warmup": 20, "cooldown": 0, "weight_decay": 0.01, "clip_norm": 1.0,
+"shift": 3.0, "timestep_law": "uniform", "dtype": "bfloat16", "remat": true, "seed": 0,
+"checkpoint_every": 100, "keep": 3, "log_every": 1, "validate_every": 0}"""
+
+
+def test_a_run_of_an_older_version_goes_on_and_of_a_newer_one_does_not(tmp_path):
+    (tmp_path / RUN_FILE).write_text(FIRST_RUN)
+    saved = read_run(tmp_path)
+    facts = {name: saved[name] for name in ("format", "preset", "mesh", "base", "features")}
+    config = TrainConfig(shift=3.0)
+    now = {**facts, "version": RUN_VERSION, **asdict(config)}
+    defaults = asdict(TrainConfig())
+    check_resumable(tmp_path, now, saved, FREE_TO_CHANGE, defaults)
+    # What the older run did not know has its default, which another value is not.
+    with pytest.raises(UserError, match="was started with residual='bfloat16'"):
+        check_resumable(tmp_path, {**now, "residual": "float32"}, saved, FREE_TO_CHANGE, defaults)
+    with pytest.raises(UserError, match="was started with shift=3.0"):
+        check_resumable(tmp_path, {**now, "shift": 5.0}, saved, FREE_TO_CHANGE, defaults)
+    (tmp_path / RUN_FILE).write_text(json.dumps({**now, "version": RUN_VERSION + 1}))
+    with pytest.raises(UserError, match=f"version {RUN_VERSION + 1} .* update wanjax"):
+        read_run(tmp_path)
 
 
 def test_keeping_activations_changes_nothing_but_the_memory():

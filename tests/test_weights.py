@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -70,6 +71,22 @@ def test_loading_casts_to_the_types_that_the_network_is_built_in(folder):
         assert loaded[name].dtype == variable.dtype, name
         want = np.asarray(whole[name][...]).astype(variable.dtype)
         assert np.array_equal(np.asarray(loaded[name][...]), want), name
+
+
+def test_an_old_folder_in_bf16_is_taken_with_a_warning(folder, tmp_path):
+    """As `convert --dtype bfloat16` once wrote it: all in bfloat16."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for network in CONFIGS:
+            load_network(folder, network, dtype=jnp.bfloat16)
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    for network in CONFIGS:
+        resave(copy, lambda t: t.update({n: x.astype("bfloat16") for n, x in t.items()}), network)
+    for network, words in (("dit", "dit.* has .* of its tensors"), ("vae", "vae.* has all its")):
+        with pytest.warns(UserWarning, match=f"{words} .*in bfloat16 .*--dtype bfloat16 now keeps"):
+            loaded = load_network(copy, network, dtype=jnp.bfloat16)
+        types = {v.dtype.name for v in parameters(loaded).values()}
+        assert types == {"float32", "bfloat16"} if network == "dit" else {"float32"}
 
 
 def test_a_loaded_network_does_not_look_at_the_file_again(folder, tmp_path):
@@ -143,8 +160,8 @@ def spoil_json(folder: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def resave(folder: Path, change) -> None:
-    path = folder / "dit.safetensors"
+def resave(folder: Path, change, network: str = "dit") -> None:
+    path = folder / f"{network}.safetensors"
     tensors = {n: np.array(t) for n, t in read_safetensors(path).tensors.items()}
     change(tensors)
     with SafetensorsWriter(path, {n: (t.dtype, t.shape) for n, t in tensors.items()}) as writer:

@@ -19,7 +19,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from wanjax.nn import conv, xavier_uniform
+from wanjax.nn import BIAS, conv, xavier_uniform
+from wanjax.precision import precision_of
 
 Network = Callable[[Array, "Memory"], Array]
 
@@ -175,7 +176,7 @@ def _convolve_frames(stride: int, x: Array, kernel: Array) -> Array:
 
 
 class CausalConv(nnx.Module):
-    """3-D convolution that sees no later frame."""
+    """3-D convolution of the VAE that sees no later frame."""
 
     def __init__(
         self,
@@ -188,12 +189,14 @@ class CausalConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.stride = stride
-        self.kernel = nnx.Param(xavier_uniform(rngs.params(), (*size, d_in, d_out), dtype))
-        self.bias = nnx.Param(jnp.zeros(d_out, dtype))
+        self.precision = precision_of("vae", dtype)
+        kernel = xavier_uniform(rngs.params(), (*size, d_in, d_out), self.precision.storage)
+        self.kernel, self.bias = nnx.Param(kernel), nnx.Param(jnp.zeros(d_out, BIAS))
 
     def __call__(self, x: Float[Array, "B T H W C"], memory: Memory) -> Float[Array, "B T2 H W C2"]:
         kernel = self.kernel[...]
+        x = x.astype(self.precision.compute)
         past = memory.prepend(x, kernel.shape[0] - self.stride)
         # Before the first frame there are only zeros: the last tap alone sees something.
         y = convolve(x, kernel[-1:], 1) if memory.first else convolve(past, kernel, self.stride)
-        return y + self.bias[...]
+        return y + self.bias[...].astype(y.dtype)

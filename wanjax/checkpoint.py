@@ -27,6 +27,8 @@ from wanjax.tensor_files import SafetensorsWriter, read_safetensors
 from wanjax.types import PathLike
 
 RUN_FILE = "run.json"
+# Of the settings in it. A file without one is of version 1; 2 brought `residual`.
+RUN_VERSION = 2
 ADAPTER_FORMAT = "wanjax-lora"
 _OVERHEAD = 256 << 10  # what Orbax writes beside the arrays, some kilobytes
 
@@ -125,7 +127,7 @@ def _first_line(error: Exception) -> str:
 
 
 def read_run(run: PathLike) -> dict[str, Any]:
-    """The settings of a run, as `run.json` holds them."""
+    """The settings of a run, as `run.json` holds them. One of a newer wanjax is refused."""
     path = Path(run) / RUN_FILE
     try:
         data = json.loads(path.read_text())
@@ -137,6 +139,11 @@ def read_run(run: PathLike) -> dict[str, Any]:
         raise UserError(f"{path} is damaged; restore it from a copy of the run.") from error
     if not isinstance(data, dict) or data.get("format") != "wanjax-run":
         raise UserError(f"{path} was not written by wanjax; check the path.")
+    if data.get("version", 1) > RUN_VERSION:
+        raise UserError(
+            f"{path} has version {data['version']} and this wanjax reads up to {RUN_VERSION}; "
+            "update wanjax."
+        )
     return data
 
 
@@ -213,10 +220,16 @@ def _lora_of_file(path: Path) -> LoRA:
 
 
 def check_resumable(
-    run: Path, settings: Mapping[str, Any], saved: Mapping[str, Any], free: frozenset[str]
+    run: Path,
+    settings: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    free: frozenset[str],
+    defaults: Mapping[str, Any],
 ) -> None:
-    """Refuse a resumed run whose settings differ, by name, except for those in `free`."""
-    for name in sorted(settings.keys() | saved.keys()):
+    """Refuse a resumed run whose settings differ, by name, except for those in `free`. A setting
+    that an older run did not know has its default there."""
+    saved = {**defaults, **saved}
+    for name in sorted((settings.keys() | saved.keys()) - {"version"}):
         if name not in free and settings.get(name) != saved.get(name):
             raise UserError(
                 f"{run} was started with {name}={saved.get(name)!r} and this command has "

@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from wanjax.attention import matmul_precision
 from wanjax.errors import UserError, nearest
 from wanjax.nn import Linear
+from wanjax.precision import matmul_precision
 
 STACK = "blocks"  # adapters live on the stacked transformer blocks
 SELF = tuple(f"self_attn.{x}" for x in "qkvo")

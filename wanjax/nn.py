@@ -1,7 +1,7 @@
-"""Layers shared by the networks. A matrix product runs in the type of its kernel.
+"""Layers shared by the networks. Each is of a kind, whose precision stands in one table.
 
-That one rule is the precision policy: a network builds its matrices in the type it is asked for and
-its norms, modulation and time embedding in fp32, and every layer follows what it holds.
+`dtype` is the type that was asked for, `kind` the row of `wanjax.precision`: a layer casts its
+input and its kernel to the row's compute type, in whatever type the kernel is stored.
 """
 
 import math
@@ -14,13 +14,21 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from wanjax.attention import matmul_precision
+from wanjax.precision import TABLE, Kind, Precision, matmul_precision, precision_of
+
+NORM, BIAS = TABLE["norm"], TABLE["bias"].storage
 
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Glorot's uniform law; the last axis is the output, all before it the fan-in."""
     limit = math.sqrt(6 / (math.prod(shape[:-1]) + shape[-1]))
     return jax.random.uniform(key, shape, jnp.float32, -limit, limit).astype(dtype)
+
+
+def product(x: Float[Array, "... C"], kernel: Float[Array, "C C2"], precision: Precision) -> Array:
+    """`x @ kernel`, computed and returned in the compute type."""
+    x, kernel = x.astype(precision.compute), kernel.astype(precision.compute)
+    return jnp.matmul(x, kernel, precision=matmul_precision(x.dtype))
 
 
 class Linear(nnx.Module):
@@ -33,17 +41,19 @@ class Linear(nnx.Module):
         *,
         axes: tuple[str | None, str | None] = ("embed", "mlp"),
         bias: bool = True,
+        kind: Kind = "matrix",
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(xavier_uniform(rngs.params(), (d_in, d_out), dtype), axes=axes)
-        self.bias = nnx.Param(jnp.zeros(d_out, dtype), axes=axes[1:]) if bias else None
+        self.precision = precision_of(kind, dtype)
+        kernel = xavier_uniform(rngs.params(), (d_in, d_out), self.precision.storage)
+        self.kernel = nnx.Param(kernel, axes=axes)
+        self.bias = nnx.Param(jnp.zeros(d_out, BIAS), axes=axes[1:]) if bias else None
         self.lora = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C2"]:
-        kernel = self.kernel[...]
-        x = x.astype(kernel.dtype)
-        y = jnp.matmul(x, kernel, precision=matmul_precision(kernel.dtype))
+        x = x.astype(self.precision.compute)
+        y = product(x, self.kernel[...], self.precision)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         if self.lora is not None:
@@ -56,11 +66,11 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, width: int, *, eps: float, affine: bool = True):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=("embed",)) if affine else None
-        self.bias = nnx.Param(jnp.zeros(width, jnp.float32), axes=("embed",)) if affine else None
+        self.scale = nnx.Param(jnp.ones(width, NORM.storage), axes=("embed",)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(width, NORM.storage), axes=("embed",)) if affine else None
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        y = x.astype(jnp.float32)
+        y = x.astype(NORM.accumulate)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
         if self.scale is not None:
@@ -73,10 +83,10 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, *, eps: float):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=("embed",))
+        self.scale = nnx.Param(jnp.ones(width, NORM.storage), axes=("embed",))
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        y = x.astype(jnp.float32)
+        y = x.astype(NORM.accumulate)
         y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
         return (y * self.scale[...]).astype(x.dtype)
 
@@ -84,12 +94,15 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """A table of vectors, looked up by integer."""
 
-    def __init__(self, count: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        table = jax.random.normal(rngs.params(), (count, width), jnp.float32).astype(dtype)
-        self.table = nnx.Param(table, axes=(None, "embed"))
+    def __init__(
+        self, count: int, width: int, *, kind: Kind = "matrix", dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.precision = precision_of(kind, dtype)
+        table = jax.random.normal(rngs.params(), (count, width), jnp.float32)
+        self.table = nnx.Param(table.astype(self.precision.storage), axes=(None, "embed"))
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... C"]:
-        return self.table[...][ids]
+        return self.table[...][ids].astype(self.precision.compute)
 
 
 def conv(
@@ -99,9 +112,9 @@ def conv(
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
 ) -> Float[Array, "B ... C2"]:
-    """Channels-last convolution over the axes between batch and channels, in the kernel's type."""
+    """Channels-last convolution over the axes between batch and channels, in the type of x."""
     convolution = _conv_2d if kernel.ndim == 4 else _conv
-    return convolution(tuple(strides), tuple(padding), x.astype(kernel.dtype), kernel)
+    return convolution(tuple(strides), tuple(padding), x, kernel.astype(x.dtype))
 
 
 def _conv(strides, padding, x, kernel, **dilation):
@@ -112,7 +125,7 @@ def _conv(strides, padding, x, kernel, **dilation):
         window_strides=strides,
         padding=padding,
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        precision=matmul_precision(kernel.dtype),
+        precision=matmul_precision(x.dtype),
         **dilation,
     )
 

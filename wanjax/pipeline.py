@@ -25,11 +25,12 @@ from wanjax import lora as lora_module
 from wanjax.checkpoint import load_lora
 from wanjax.conditioning import check_size, encode_picture, encode_text, prepare, size_for
 from wanjax.data.video import read_image
-from wanjax.errors import UserError, nearest
+from wanjax.errors import UserError
 from wanjax.models.clip import CLIPVision
 from wanjax.models.dit import DiT, DiTConfig
 from wanjax.models.umt5 import UMT5
 from wanjax.models.vae import VAE
+from wanjax.precision import parse_dtype
 from wanjax.progress import progress_bar
 from wanjax.prompt_cache import PromptCache
 from wanjax.sharding import constrain_state
@@ -43,7 +44,6 @@ from wanjax.text import (
 from wanjax.types import Condition, PathLike, Tokens
 from wanjax.weights import abstract_network, fingerprint, load_network, read_config
 
-DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ImageLike = PathLike | Image.Image | np.ndarray
 
 
@@ -74,12 +74,14 @@ class Pipeline:
         folder: PathLike,
         *,
         dtype: DTypeLike = jnp.bfloat16,
+        residual: str = "float32",
         loras: Sequence[tuple[lora_module.LoRA, float]] = (),
         mesh: Mesh | None = None,
     ):
         self.folder = Path(folder)
         self.configs = read_config(folder)
         self.dtype, self.loras, self.mesh = dtype, tuple(loras), mesh
+        self.residual = parse_dtype(residual).name
         self._networks: dict[str, nnx.Module] = {}
         self._prompts: dict[str, np.ndarray] = {}
         if self.loras:
@@ -93,17 +95,19 @@ class Pipeline:
         folder: PathLike,
         *,
         dtype: str | DTypeLike = "bfloat16",
+        residual: str = "float32",
         lora: Sequence[tuple[PathLike, float]] = (),
         mesh: Mesh | None = None,
     ) -> "Pipeline":
         """Open the native checkpoint in `folder`; weights are read when they are first needed.
 
-        `dtype` is "bfloat16" or "float32" (the VAE always runs in fp32, as Wan does). `lora` lists
-        runs or native adapter files, each with a strength. Raises `UserError` for a folder, an
-        adapter or a type that cannot be used.
+        `dtype` is "bfloat16" or "float32" (what runs in fp32 all the same: docs/precision.md), and
+        `residual` the type of the denoiser's residual stream. `lora` lists runs or native adapter
+        files, each with a strength. Raises `UserError` for a folder, an adapter or a type that
+        cannot be used.
         """
         loras = [(load_lora(path), strength) for path, strength in lora]
-        return cls(folder, dtype=parse_dtype(dtype), loras=loras, mesh=mesh)
+        return cls(folder, dtype=parse_dtype(dtype), residual=residual, loras=loras, mesh=mesh)
 
     @property
     def dit(self) -> DiT:
@@ -331,8 +335,9 @@ class Pipeline:
     def _network(self, name: str) -> nnx.Module:
         self._require(name)
         if name not in self._networks:
-            dtype = jnp.float32 if name == "vae" else self.dtype
-            network = load_network(self.folder, name, dtype=dtype, mesh=self.mesh)
+            network = load_network(self.folder, name, dtype=self.dtype, mesh=self.mesh)
+            if name == "dit":
+                network.residual = self.residual
             if name == "dit" and self.loras:
                 lora_module.apply(network, self.loras)
             self._networks[name] = network
@@ -362,14 +367,6 @@ def denoise_step(
         towards, away = velocity[:1], velocity[1:]
         velocity = away + guidance * (towards - away)
     return constrain_state(step(state, velocity, coefficients))
-
-
-def parse_dtype(dtype: str | DTypeLike) -> DTypeLike:
-    """ "bfloat16" or "float32", by name or as a type."""
-    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-    if name not in DTYPES:
-        raise UserError(f"There is no precision '{name}'{nearest(name, DTYPES)}")
-    return DTYPES[name]
 
 
 def read_picture(image: ImageLike) -> np.ndarray:

@@ -6,10 +6,12 @@ than its memory never passes through it. `python -m convert pipeline` makes such
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from jax.typing import DTypeLike
 from wanjax.errors import UserError
 from wanjax.models import NETWORKS, Config
 from wanjax.outputs import whole_folder
+from wanjax.precision import F32, is_coarser
 from wanjax.progress import progress_bar
 from wanjax.sharding import spec
 from wanjax.tensor_files import SafetensorsWriter, drop_pages, read_safetensors
@@ -116,6 +119,13 @@ def abstract_network(network: str, config: Config, dtype: DTypeLike) -> nnx.Modu
     return nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
+def device_bytes(network: str, config: Config, dtype: DTypeLike, mesh: Mesh | None = None) -> int:
+    """What a network's weights take on one device."""
+    leaves = parameters(abstract_network(network, config, dtype)).values()
+    shards = [x.shape if mesh is None else _sharding(x, mesh).shard_shape(x.shape) for x in leaves]
+    return sum(math.prod(shard) * x.dtype.itemsize for shard, x in zip(shards, leaves))
+
+
 def random_network(network: str, config: Config, *, dtype: DTypeLike, seed: int = 0) -> nnx.Module:
     """The network with random weights of a usable scale: kernels normal with variance 1/fan-in,
     scales one, biases zero. Drawn on the host, so that nothing is compiled."""
@@ -143,9 +153,9 @@ def load_network(
 ) -> nnx.Module:
     """One network of a native folder, on the default device, or sharded over `mesh`.
 
-    Matrices become `dtype`; what a network keeps in fp32 (norms, modulation) becomes fp32. Of each
-    leaf only the byte ranges of the local shards are read. Raises `UserError`, naming the file and
-    the tensor, for a folder that does not hold this network whole.
+    Leaves get the types that `wanjax.precision` says for the asked `dtype`. Of each only the byte
+    ranges of the local shards are read. Warns of a file that has lost what should be fp32. Raises
+    `UserError`, naming the file and the tensor, for a folder that does not hold the network whole.
     """
     configs = read_config(folder)
     if network not in configs:
@@ -158,6 +168,7 @@ def load_network(
     graph, state = nnx.split(abstract_network(network, configs[network], dtype))
     variables = nnx.to_flat_state(state)
     _check(path, tensors, {".".join(map(str, p)): v.shape for p, v in variables})
+    _warn_of_lost(path, network, configs[network], {k: t.dtype for k, t in tensors.items()})
     total = sum(t.nbytes for t in tensors.values())
     with progress_bar(f"Loading {network}", total, unit="bytes", hidden=total < 1 << 30) as bar:
         for keys, variable in variables:
@@ -177,13 +188,39 @@ def _check(path: Path, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, t
         raise UserError(f"{path} holds an unknown tensor '{stray[0]}'; convert it again.")
 
 
+# umT5 was published in bf16 as a whole, and CLIP officially runs in fp16: they lose nothing by it.
+_EXACT = ("dit", "vae")
+
+
+@functools.cache  # tracing a network takes a second
+def kept_whole(network: str, config: Config) -> tuple[str, ...]:
+    """The leaves that stay fp32 where bfloat16 is asked for."""
+    leaves = parameters(abstract_network(network, config, "bfloat16"))
+    return tuple(name for name, leaf in leaves.items() if leaf.dtype == F32)
+
+
+def lost(network: str, config: Config, types: Mapping[str, np.dtype]) -> list[str]:
+    """The leaves that should be fp32 and, being stored in these types, no longer are."""
+    if network not in _EXACT:
+        return []
+    return [name for name in kept_whole(network, config) if is_coarser(types[name], F32)]
+
+
+def _warn_of_lost(path: Path, network: str, config: Config, types: Mapping[str, np.dtype]) -> None:
+    if names := lost(network, config, types):
+        kinds = " and ".join(sorted({types[name].name for name in names}))
+        some = f"all its {len(names)}" if len(names) == len(types) else f"{len(names)} of its"
+        warnings.warn(
+            f"{path} has {some} tensors in {kinds} that are computed in float32 (such as "
+            f"'{names[-1]}'), and so has lost the rest of their digits; convert the checkpoint "
+            "again, where --dtype bfloat16 now keeps them.",
+            stacklevel=3,
+        )
+
+
 def _place(view: np.ndarray, variable: nnx.Variable, mesh: Mesh | None) -> jax.Array:
     """The leaf on its devices, in the variable's type; each distinct shard is read once."""
-    if mesh is None:
-        sharding = SingleDeviceSharding(jax.local_devices()[0])
-    else:
-        axes = variable.get_metadata().get("axes") or ()
-        sharding = NamedSharding(mesh, spec(axes, view.shape, mesh))
+    sharding = _sharding(variable, mesh)
     shards: dict[str, np.ndarray] = {}
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -193,6 +230,13 @@ def _place(view: np.ndarray, variable: nnx.Variable, mesh: Mesh | None) -> jax.A
 
     array = jax.make_array_from_callback(view.shape, sharding, read)
     return array.block_until_ready()  # so that no second leaf waits on the host
+
+
+def _sharding(variable: nnx.Variable, mesh: Mesh | None) -> jax.sharding.Sharding:
+    if mesh is None:
+        return SingleDeviceSharding(jax.local_devices()[0])
+    axes = variable.get_metadata().get("axes") or ()
+    return NamedSharding(mesh, spec(axes, variable.shape, mesh))
 
 
 def save_native(

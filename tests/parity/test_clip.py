@@ -92,18 +92,17 @@ def test_equals_the_reference_and_goes_back(config):
     assert np.array_equal(theirs(again, pixels), expected)
 
 
-def test_bf16_is_as_close_as_the_reference_in_bf16():
+def test_in_bf16_it_is_closer_than_the_reference_in_fp16():
+    """Where bf16 is asked for, its kernels are fp16, as officially, and its products fp32."""
     reference = random_reference(TOKENS_257)
-    with torch.no_grad():  # the same bf16 weights in all, so that only the arithmetic differs
-        for p in reference.parameters():
-            p.copy_(p.bfloat16().float())
     exact, model = twin(TOKENS_257, reference), twin(TOKENS_257, reference, jnp.bfloat16)
     pixels = pictures(TOKENS_257)
     truth = ours(exact, pixels)
     error = relative_error(ours(model, pixels), truth)
-    bound = relative_error(theirs(reference.bfloat16(), pixels), truth)
-    print(f"CLIP bf16 error {error:.2e}, the reference's {bound:.2e}")
-    assert 0 < error <= 1.2 * bound
+    half = relative_error(theirs(reference.half(), pixels), truth)
+    coarse = relative_error(theirs(reference.float().bfloat16(), pixels), truth)
+    print(f"CLIP's error {error:.2e}; the reference's in fp16 {half:.2e}, in bf16 {coarse:.2e}")
+    assert 0 < error <= half < coarse
 
 
 def test_official_names():

@@ -8,7 +8,7 @@ from flax import nnx
 
 from convert.dit import rows
 from convert.table import expand, from_native, to_native
-from tests.parity.reference import from_torch, leaves_of, load_state, randomise, relative_error
+from tests.parity.reference import from_torch, load_state, randomise, relative_error
 from wanjax.models.dit import Block, DiT, DiTConfig
 from wanjax.rope import axis_sizes, rotary_table
 from wanjax.weights import random_network
@@ -140,31 +140,6 @@ def test_one_block_at_full_width():
     model = nnx.eval_shape(lambda: Block(c, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     got = load_state(model, leaves)(x, time, text, image, rotary_table(grid, c.head_size))
     assert relative_error(got, expected) <= 1e-5
-
-
-def test_bf16_is_as_exact_as_diffusers():
-    """Our bf16 error against our fp32 is at most 1.2 times what diffusers' bf16 does."""
-    c = CONFIGS["head 128"]
-    reference = reference_model(c)
-    given = inputs(c)
-    exact = ours(c, reference)(*given)
-    reference_exact = run_reference(reference, *given)
-    keep = reference._keep_in_fp32_modules
-    for name, module in reference.named_modules():
-        if not any(part in name for part in keep):
-            for p in module.parameters(recurse=False):
-                if not any(part in f"{name}.x" for part in keep):
-                    p.data = p.data.bfloat16()
-    reference.scale_shift_table.data = reference.scale_shift_table.data.float()
-    for block in reference.blocks:
-        block.scale_shift_table.data = block.scale_shift_table.data.float()
-    theirs = run_reference(reference, *given, dtype=torch.bfloat16)
-
-    fp32 = ours(c, reference_model(c))
-    model = nnx.eval_shape(lambda: DiT(c, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    got = load_state(model, leaves_of(fp32))(*given)
-    error, their_error = relative_error(got, exact), relative_error(theirs, reference_exact)
-    assert 1e-4 < error <= 1.2 * their_error, (error, their_error)
 
 
 def test_timestep_937_stays_937():

@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 
 from wanjax.attention.exchange import shared
 from wanjax.attention.kernels import compute
-from wanjax.attention.reference import biased, matmul_precision
+from wanjax.attention.reference import biased
 from wanjax.sharding import check_heads, spec
 
-__all__ = ["attention", "biased", "matmul_precision"]
+__all__ = ["attention", "biased"]
 
 
 def attention(

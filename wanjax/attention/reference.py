@@ -12,8 +12,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+from wanjax.precision import matmul_precision
 
 # Fewer queries read all keys and values for too little work; more fall out of a CPU's cache.
 CHUNK = 256
@@ -129,8 +130,3 @@ def biased(
     )
     weights = jax.nn.softmax(s + bias, axis=-1).astype(value.dtype)
     return jnp.einsum("bknm,bmke->bnke", weights, value, precision=precision)
-
-
-def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
-    """fp32 means fp32: TPUs and GPUs would otherwise multiply it in bf16 or TF32."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT

@@ -14,9 +14,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from wanjax.attention import attention, matmul_precision
+from wanjax.attention import attention
 from wanjax.errors import UserError
-from wanjax.nn import LayerNorm, Linear, gelu_exact, stack, xavier_uniform
+from wanjax.nn import LayerNorm, Linear, gelu_exact, product, stack, xavier_uniform
+from wanjax.precision import precision_of
+
+KIND = "image tower"
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d = config.dim
         self.heads = config.num_heads
-        self.q, self.k, self.v = (Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(3))
-        self.o = Linear(d, d, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.q, self.k, self.v = (Linear(d, d, kind=KIND, dtype=dtype, rngs=rngs) for _ in range(3))
+        self.o = Linear(d, d, axes=("mlp", "embed"), kind=KIND, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         q, k, v = (
@@ -59,8 +62,8 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d, f = config.dim, config.ffn_dim
-        self.up = Linear(d, f, dtype=dtype, rngs=rngs)
-        self.down = Linear(f, d, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.up = Linear(d, f, kind=KIND, dtype=dtype, rngs=rngs)
+        self.down = Linear(f, d, axes=("mlp", "embed"), kind=KIND, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         return self.down(gelu_exact(self.up(x)))
@@ -85,28 +88,31 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.size = config.patch_size
-        kernel = xavier_uniform(rngs.params(), (self.size, self.size, 3, config.dim), dtype)
+        self.precision = precision_of(KIND, dtype)
+        shape = (self.size, self.size, 3, config.dim)
+        kernel = xavier_uniform(rngs.params(), shape, self.precision.storage)
         self.kernel = nnx.Param(kernel, axes=(None, None, None, "embed"))
 
     def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
         kernel = self.kernel[...]
         x = rearrange(x, "B (h a) (w b) C -> B (h w) (a b C)", a=self.size, b=self.size)
-        flat = kernel.reshape(-1, kernel.shape[-1])
-        return jnp.matmul(x.astype(kernel.dtype), flat, precision=matmul_precision(kernel.dtype))
+        return product(x, kernel.reshape(-1, kernel.shape[-1]), self.precision)
 
 
 class CLIPVision(nnx.Module):
-    """The tower. Matrices, and with them the residual stream, are in `dtype`; norms are fp32."""
+    """The tower. It computes in fp32 whatever `dtype` is asked for, and is stored accordingly."""
 
     def __init__(
         self, config: CLIPVisionConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs
     ):
         self.config = config
         d, key = config.dim, rngs.params
+        self.precision = precision_of(KIND, dtype)
+        storage = self.precision.storage
 
         def table(*shape: int) -> nnx.Param:
             values = jax.random.normal(key(), shape, jnp.float32) * d**-0.5
-            return nnx.Param(values.astype(dtype), axes=("embed",))
+            return nnx.Param(values.astype(storage), axes=("embed",))
 
         self.patch_embedding = PatchEmbed(config, dtype=dtype, rngs=rngs)
         self.cls_embedding, self.pos_embedding = table(d), table(config.num_tokens, d)
@@ -117,7 +123,7 @@ class CLIPVision(nnx.Module):
         self.norm_post = LayerNorm(d, eps=config.eps)
         if config.projection_dim is not None:
             self.head = nnx.Param(
-                xavier_uniform(key(), (d, config.projection_dim), dtype), axes=("embed", "mlp")
+                xavier_uniform(key(), (d, config.projection_dim), storage), axes=("embed", "mlp")
             )
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
@@ -133,8 +139,12 @@ class CLIPVision(nnx.Module):
                 f"{width}x{height}; resize them first."
             )
         x = self.patch_embedding(pixels)
-        first = repeat(self.cls_embedding[...], "D -> B 1 D", B=x.shape[0])
-        x = self.norm_pre(jnp.concatenate([first, x], axis=1) + self.pos_embedding[...])
+        first, positions = (
+            table[...].astype(self.precision.compute)
+            for table in (self.cls_embedding, self.pos_embedding)
+        )
+        first = repeat(first, "D -> B 1 D", B=x.shape[0])
+        x = self.norm_pre(jnp.concatenate([first, x], axis=1) + positions)
 
         # By index, because a scan over all but the last block would copy those blocks first.
         def step(x, i):

@@ -16,9 +16,21 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from wanjax.attention import attention, matmul_precision
+from wanjax.attention import attention
 from wanjax.errors import UserError
-from wanjax.nn import LayerNorm, Linear, RMSNorm, gelu_exact, gelu_tanh, stack, xavier_uniform
+from wanjax.nn import (
+    BIAS,
+    NORM,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    gelu_exact,
+    gelu_tanh,
+    product,
+    stack,
+    xavier_uniform,
+)
+from wanjax.precision import ASKED, precision_of
 from wanjax.rope import rotary_table, rotate
 from wanjax.sharding import constrain, fill, whole
 
@@ -119,8 +131,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d, eps = config.dim, config.eps
-        table = jax.random.normal(rngs.params(), (6, d), jnp.float32) / np.sqrt(d)
-        self.modulation = nnx.Param(table, axes=(None, "embed"))
+        self.modulation = modulation(6, d, rngs)
         self.norm_self = LayerNorm(d, eps=eps, affine=False)
         self.self_attn = SelfAttention(config, dtype=dtype, rngs=rngs)
         self.norm_cross = LayerNorm(d, eps=eps)
@@ -152,7 +163,7 @@ class ImageEmbed(nnx.Module):
     def __init__(self, config: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         c = config.image_dim
         if config.image_positions is not None:
-            self.positions = nnx.Param(jnp.zeros((config.image_positions, c), jnp.float32))
+            self.positions = nnx.Param(jnp.zeros((config.image_positions, c), NORM.storage))
         self.has_positions = config.image_positions is not None
         self.norm_in = LayerNorm(c, eps=1e-5)
         self.up = Linear(c, c, dtype=dtype, rngs=rngs)
@@ -161,7 +172,7 @@ class ImageEmbed(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S D"]:
         if self.has_positions:
-            x = x + self.positions[...].astype(x.dtype)
+            x = x + self.positions[...]
         return self.norm_out(self.down(gelu_exact(self.up(self.norm_in(x)))))
 
 
@@ -170,15 +181,14 @@ class Head(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d = config.dim
-        table = jax.random.normal(rngs.params(), (2, d), jnp.float32) / np.sqrt(d)
-        self.modulation = nnx.Param(table, axes=(None, "embed"))
+        self.modulation = modulation(2, d, rngs)
         self.norm = LayerNorm(d, eps=config.eps, affine=False)
         patch = int(np.prod(config.patch_size))
-        self.proj = Linear(d, patch * config.out_channels, dtype=dtype, rngs=rngs)
+        self.proj = Linear(d, patch * config.out_channels, kind="head", dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B N D"], time: Float[Array, "B D"]) -> jax.Array:
         shift, scale = jnp.split(self.modulation[...] + time[:, None], 2, axis=1)
-        return self.proj(modulate(self.norm, x, shift, scale)).astype(jnp.float32)
+        return self.proj(modulate(self.norm, x.astype(NORM.compute), shift, scale))
 
 
 class PatchEmbed(nnx.Module):
@@ -187,30 +197,36 @@ class PatchEmbed(nnx.Module):
     def __init__(self, config: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.size = config.patch_size
         shape = (*config.patch_size, config.in_channels, config.dim)
-        kernel = xavier_uniform(rngs.params(), shape, dtype)
+        self.precision = precision_of("patch", dtype)
+        kernel = xavier_uniform(rngs.params(), shape, self.precision.storage)
         self.kernel = nnx.Param(kernel, axes=(None, None, None, None, "embed"))
-        self.bias = nnx.Param(jnp.zeros(config.dim, dtype), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros(config.dim, BIAS), axes=("embed",))
 
     def __call__(self, x: Float[Array, "B t h w C"]) -> Float[Array, "B N D"]:
         a, b, c = self.size
         kernel = self.kernel[...]
         x = rearrange(x, "B (t a) (h b) (w c) C -> B (t h w) (a b c C)", a=a, b=b, c=c)
-        flat = kernel.reshape(-1, kernel.shape[-1])
-        y = jnp.matmul(x.astype(kernel.dtype), flat, precision=matmul_precision(kernel.dtype))
-        return y + self.bias[...]
+        y = product(x, kernel.reshape(-1, kernel.shape[-1]), self.precision)
+        return y + self.bias[...].astype(y.dtype)
 
 
 class DiT(nnx.Module):
-    """The denoiser. Matrices are in `dtype`; the timestep's path and all norms stay fp32."""
+    """The denoiser. `dtype` is the type asked for, which decides what `wanjax.precision` says.
+
+    `residual` is the type of the stream that the blocks add to, and is never coarser than what they
+    add: bfloat16 takes half the memory, float32 a third of the error (docs/precision.md).
+    """
 
     def __init__(self, config: DiTConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
         self.config = config
         self.remat = True  # keep a block's input alone for its gradient, and compute it again
+        self.residual = "float32"
+        self.compute = precision_of("matrix", dtype).compute
         d = config.dim
         self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
         self.text_embed = Mlp(config.text_dim, d, d, dtype=dtype, rngs=rngs)
-        self.time_embed = TimeEmbed(config, rngs=rngs)
-        self.time_projection = Linear(d, 6 * d, dtype=jnp.float32, rngs=rngs)
+        self.time_embed = TimeEmbed(config, dtype=dtype, rngs=rngs)
+        self.time_projection = Linear(d, 6 * d, kind="time path", dtype=dtype, rngs=rngs)
         if config.image_dim is not None:
             self.image_embed = ImageEmbed(config, dtype=dtype, rngs=rngs)
         self.blocks = stack(
@@ -230,14 +246,15 @@ class DiT(nnx.Module):
         self._check(latents, timestep, text, image, condition)
         x = latents if condition is None else jnp.concatenate([latents, condition], axis=-1)
         grid = tuple(s // p for s, p in zip(x.shape[1:4], self.config.patch_size))
-        x = self.patch_embed(x)
+        stream = jnp.promote_types(ASKED[self.residual], self.compute)
+        x = self.patch_embed(x).astype(stream)
         count = x.shape[1]
         x = constrain(fill(x, "tokens", axis=1), "batch", "tokens", None)
 
         time = self.time_embed(timestep)
         time_blocks = rearrange(self.time_projection(jax.nn.silu(time)), "B (n D) -> B n D", n=6)
         text = self.text_embed(text)
-        image = None if image is None else self.image_embed(image.astype(text.dtype))
+        image = None if image is None else self.image_embed(image)
         table = rotary_table(grid, self.config.head_size)
         rotary = tuple(fill(part, "tokens", axis=0) for part in table)
 
@@ -283,10 +300,11 @@ class DiT(nnx.Module):
 class TimeEmbed(nnx.Module):
     """Sinusoids of the timestep through a small network; fp32, or 937 would become 936."""
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.freq_dim = config.freq_dim
-        self.up = Linear(config.freq_dim, config.dim, dtype=jnp.float32, rngs=rngs)
-        self.down = Linear(config.dim, config.dim, dtype=jnp.float32, rngs=rngs)
+        d, kind = config.dim, "time path"
+        self.up = Linear(config.freq_dim, d, kind=kind, dtype=dtype, rngs=rngs)
+        self.down = Linear(d, d, kind=kind, dtype=dtype, rngs=rngs)
 
     def __call__(self, timestep: Float[Array, " B"]) -> Float[Array, "B D"]:
         half = self.freq_dim // 2
@@ -304,9 +322,15 @@ def join_heads(x: Float[Array, "B N K E"]) -> Float[Array, "B N D"]:
     return rearrange(x, "B N K E -> B N (K E)")
 
 
+def modulation(count: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
+    """A table of vectors that are added to the timestep's: shifts, scales and gates."""
+    table = jax.random.normal(rngs.params(), (count, width), NORM.storage) / np.sqrt(width)
+    return nnx.Param(table, axes=(None, "embed"))
+
+
 def modulate(norm: LayerNorm, x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """`norm(x) * (1 + scale) + shift` in fp32, returned in the type of x."""
-    return (norm(x.astype(jnp.float32)) * (1 + scale) + shift).astype(x.dtype)
+    return (norm(x.astype(NORM.compute)) * (1 + scale) + shift).astype(x.dtype)
 
 
 def add_gated(x: jax.Array, y: jax.Array, gate: jax.Array) -> jax.Array:

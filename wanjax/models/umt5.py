@@ -72,7 +72,7 @@ class Block(nnx.Module):
         self.norm_attn = RMSNorm(config.dim, eps=config.eps)
         self.attn = SelfAttention(config, dtype=dtype, rngs=rngs)
         self.position_bias = Embedding(
-            config.num_buckets, config.num_heads, dtype=jnp.float32, rngs=rngs
+            config.num_buckets, config.num_heads, kind="position bias", dtype=dtype, rngs=rngs
         )
         self.norm_ffn = RMSNorm(config.dim, eps=config.eps)
         self.ffn = GatedMlp(config, dtype=dtype, rngs=rngs)

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float
 from wanjax.attention import attention
 from wanjax.causal import CausalConv, Memory, Tiling, in_tiles, stream
 from wanjax.errors import UserError
-from wanjax.nn import Linear, conv, xavier_uniform
+from wanjax.nn import BIAS, NORM, Linear, conv, xavier_uniform
+from wanjax.precision import precision_of
 from wanjax.sharding import PictureAxes, picture_axes, split_picture
 
 AnyArray = Array | np.ndarray
@@ -61,30 +62,32 @@ class Conv2D(nnx.Module):
     """A 3x3 convolution of every frame."""
 
     def __init__(self, d_in: int, d_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(xavier_uniform(rngs.params(), (3, 3, d_in, d_out), dtype))
-        self.bias = nnx.Param(jnp.zeros(d_out, dtype))
+        self.precision = precision_of("vae", dtype)
+        kernel = xavier_uniform(rngs.params(), (3, 3, d_in, d_out), self.precision.storage)
+        self.kernel, self.bias = nnx.Param(kernel), nnx.Param(jnp.zeros(d_out, BIAS))
 
     def __call__(
         self, x: Float[Array, "B T H W C"], *, stride: int, padding: tuple[int, int]
     ) -> Float[Array, "B T H2 W2 C2"]:
-        frames = rearrange(x, "b t h w c -> (b t) h w c")
+        frames = rearrange(x.astype(self.precision.compute), "b t h w c -> (b t) h w c")
         y = conv(frames, self.kernel[...], strides=(stride, stride), padding=(padding, padding))
-        return rearrange(y + self.bias[...], "(b t) h w c -> b t h w c", b=x.shape[0])
+        y = y + self.bias[...].astype(y.dtype)
+        return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
 
 
 def pointwise(d_in: int, d_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
     """A convolution whose kernel is one point: the same product at every position."""
-    return Linear(d_in, d_out, axes=(None, None), dtype=dtype, rngs=rngs)
+    return Linear(d_in, d_out, axes=(None, None), kind="vae", dtype=dtype, rngs=rngs)
 
 
 class Norm(nnx.Module):
     """`x / max(|x|, 1e-12) * sqrt(C) * scale` over the channels, in fp32."""
 
     def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.scale = nnx.Param(jnp.ones(width, NORM.storage))
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        y = x.astype(jnp.float32)
+        y = x.astype(NORM.accumulate)
         square = jnp.maximum((y * y).sum(-1, keepdims=True), 1e-24)
         return (y * jax.lax.rsqrt(square / x.shape[-1]) * self.scale[...]).astype(x.dtype)
 
@@ -302,7 +305,7 @@ class Decoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-    """The whole autoencoder. Matrices are in `dtype`, norms and the latents' statistics in fp32.
+    """The whole autoencoder, which is fp32 whatever `dtype` is asked for.
 
     `encode` and `decode` are compiled, once for each size of video.
     """

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,15 +11,14 @@ from convert.native import convert_pipeline
 from examples import demo
 from examples.measures import batch_of, borders, motion, pixels, psnr, sample_from
 from examples.nano.films import packaged_bunny
-from examples.nano.make import DIT, LARGEST, halved
+from examples.nano.make import DIT, LARGEST
 from examples.nano.stills import FPS, FRAMES, PHOTOGRAPHS, TEXTURES
 from wanjax import Pipeline
 from wanjax.data.clips import Shot, windows
 from wanjax.data.video import write_video
 from wanjax.errors import UserError
 from wanjax.models import NETWORKS
-from wanjax.tensor_files import read_safetensors
-from wanjax.weights import load_network, parameters
+from wanjax.precision import parse_dtype
 
 NANO = demo.NANO
 
@@ -54,15 +52,13 @@ def test_the_card_names_every_source_and_licence():
     assert demo.BUNNY_CREDIT in card
 
 
-@pytest.mark.compiles
-def test_the_recipe_makes_this_model_in_these_types(nano):
-    """Matrices in bf16; VAE, norms, modulation, time path and head in fp32."""
+def test_it_is_stored_as_the_table_of_precision_says(nano, tmp_path):
+    """The recipe's last command changes nothing of it."""
     assert nano.configs["dit"] == DIT
+    convert_pipeline(NANO, tmp_path / "again", parse_dtype("bfloat16"))
     for network in NETWORKS:
-        stored = read_safetensors(nano.folder / f"{network}.safetensors").tensors
-        whole = load_network(nano.folder, network, dtype=jnp.float32)
-        for name, variable in parameters(halved(whole, network)).items():
-            assert jnp.dtype(variable.dtype) == stored[name].dtype, name
+        name = f"{network}.safetensors"
+        assert (tmp_path / "again" / name).read_bytes() == (nano.folder / name).read_bytes()
 
 
 def test_the_preset_samples_as_nano_was_trained():

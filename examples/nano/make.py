@@ -22,10 +22,9 @@ from flax import nnx
 from examples.commands import run
 from examples.nano.stills import FPS, FRAMES, HEIGHT, WIDTH
 from wanjax.errors import UserError, run_script
-from wanjax.models import NETWORKS
 from wanjax.models.dit import DiT
 from wanjax.models.presets import ARCHITECTURES
-from wanjax.weights import load_network, parameters, save_native
+from wanjax.weights import load_network, save_native
 
 DIT = replace(
     ARCHITECTURES["nano"]["dit"], dim=192, ffn_dim=576, num_layers=4, num_heads=3, text_len=512
@@ -105,27 +104,18 @@ def assemble(vae: Path, towers: Path, base: Path) -> None:
 
 
 def export(out: Path, assets: Path) -> None:
-    """The trained model at half the size, in diffusers' layout."""
-    half = out / "native_bf16"
-    shutil.rmtree(half, ignore_errors=True)
-    networks = {name: halved(load_network(out / "run/model", name, dtype=jnp.float32), name)
-                for name in NETWORKS}  # fmt: skip
-    save_native(half, networks, tokenizer=out / "run/model/tokenizer")
-    stage(out, assets, "-m", "convert", "export", half, assets, "--format", "diffusers")
+    """The trained model at half the size and in diffusers' layout, by way of `convert`."""
+    whole, half = out / "diffusers", out / "native_bf16"
+    for folder in (whole, half):
+        shutil.rmtree(folder, ignore_errors=True)
+    diffusers = ("--format", "diffusers")
+    stage(out, whole, "-m", "convert", "export", out / "run/model", whole, *diffusers)
+    stage(out, half, "-m", "convert", "pipeline", whole, half, "--dtype", "bfloat16")
+    stage(out, assets, "-m", "convert", "export", half, assets, *diffusers)
     size = sum(file.stat().st_size for file in assets.rglob("*") if file.is_file())
     if size > LARGEST:
         raise UserError(f"{assets} has {size:,} bytes and may have {LARGEST:,}; narrow the model.")
     print(f"{assets}: {size:,} bytes")
-
-
-def halved(module: nnx.Module, network: str) -> nnx.Module:
-    """The matrices in bf16; the VAE, norms, modulation, time path and head stay in fp32, as Wan
-    computes them."""
-    for name, variable in parameters(module).items():
-        whole = network == "vae" or name.startswith(("time_", "head."))
-        if name.endswith((".kernel", ".table", "pos_embedding")) and not whole:
-            variable.set_value(variable[...].astype(jnp.bfloat16))
-    return module
 
 
 if __name__ == "__main__":

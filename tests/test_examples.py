@@ -13,7 +13,7 @@ from examples.nano import loop
 from examples.nano.stills import FPS
 from examples.nano.tears import FRAMES, STRIDE, control_shots
 from examples.nano.train_vae import first_vae
-from examples.sheet import contact_sheet
+from examples.sheet import contact_sheet, moving_sheet
 
 
 def film(frames: int = 9, height: int = 16, width: int = 32) -> np.ndarray:
@@ -36,6 +36,18 @@ def test_a_contact_sheet_shows_first_and_last_frames(tmp_path):
 def test_a_contact_sheet_wants_videos_of_one_shape(tmp_path):
     with pytest.raises(ValueError, match="unequal shapes"):
         contact_sheet(tmp_path / "sheet.png", {"a": film(9), "b": film(5)})
+
+
+def test_a_moving_sheet_shows_every_frame_and_rests_at_the_end(tmp_path):
+    moving_sheet(tmp_path / "sheet.webp", {"a": film(9)}, fps=16, scale=1)
+    sheet = Image.open(tmp_path / "sheet.webp")
+    assert sheet.n_frames == 9
+    durations = []
+    for i in range(9):
+        sheet.seek(i)
+        sheet.load()
+        durations.append(sheet.info["duration"])
+    assert sum(durations) == 8 * round(1000 / 16) + 1000 and durations[-1] == 1000
 
 
 def test_measures():

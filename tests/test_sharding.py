@@ -36,7 +36,8 @@ def distance(got, expected) -> float:
 
 
 def compare(world: Path) -> None:
-    """Print, for every mesh, how far it is from one device, and how the work was laid out."""
+    """Print, for every mesh, how far it is from one device, and how the work was laid out. More
+    than 20 s, since each mesh has a training step and a video of its own to compile and to run."""
     from wanjax import Pipeline
     from wanjax.pipeline import denoise_step
 

@@ -104,7 +104,8 @@ def test_a_loop_that_was_stopped_equals_one_that_was_not(tmp_path, monkeypatch):
 @pytest.mark.compiles
 @pytest.mark.usefixtures("quickly")
 def test_the_first_vae_fades_from_chunk_to_chunk():
-    """Before it is trained a chunk's latent is that of its last frame alone, and decodes to it."""
+    """Before it is trained a chunk's latent is that of its last frame alone, and decodes to it.
+    More than 20 s as long as nothing is compiled, for the claim is about this VAE at its size."""
     vae = first_vae(0)
     video = signed(film(9, 16, 16))[None]
     mean, _ = vae.moments(video)

@@ -28,6 +28,7 @@ from wanjax.lora import LayerAdapter, LoRA
 pytestmark = pytest.mark.compiles
 
 CK = ("--checkpoint", "ck")
+TINY = ("--batch", 2, "--rank", 2, "--warmup", 3)  # as in the conftest: the same program
 PICTURE = ("--image", "picture.png", "--prompt", "rain")
 
 
@@ -326,7 +327,7 @@ def fill(folder: Path, leave: int) -> Path:
 
 def test_a_checkpoint_that_breaks_off(bench):
     """The disk said that there was room, and then refused: here files larger than 3 kB."""
-    words = ("nano", *CK, "--features", "features", "--run", "r", "--batch", 2, "--rank", 2)
+    words = ("nano", *CK, "--features", "features", "--run", "r", *TINY)
     words += ("--checkpoint-every", 2, "--steps")
     call("train.py", *words, 2, cwd=bench)
     saved = listing(bench / "r" / "checkpoints")
@@ -340,8 +341,8 @@ def test_a_checkpoint_that_breaks_off(bench):
 def test_full_disks(bench):
     """While a checkpoint is saved, while metrics and a video are written."""
     with small_disk(bench / "disk", "8m") as disk:
-        words = ("nano", *CK, "--features", "features", "--run", disk / "r", "--batch", 2)
-        words += ("--rank", 2, "--checkpoint-every", 2, "--steps")
+        words = ("nano", *CK, "--features", "features", "--run", disk / "r", *TINY)
+        words += ("--checkpoint-every", 2, "--steps")
         call("train.py", *words, 2, cwd=bench)
         saved = listing(disk / "r" / "checkpoints")
 

@@ -9,11 +9,6 @@ from convert.table import to_native
 torch = pytest.importorskip("torch", reason="parity tests compare with PyTorch")
 
 
-@pytest.fixture(autouse=True)
-def _two_torch_threads():
-    torch.set_num_threads(2)
-
-
 def randomise(module: "torch.nn.Module", seed: int = 0) -> "torch.nn.Module":
     """Give every parameter a random value, zero-initialised ones too, keeping outputs finite."""
     generator = torch.Generator().manual_seed(seed)

@@ -112,7 +112,8 @@ def test_the_image_branch_matters():
 
 
 def test_one_block_at_full_width():
-    """A single block of the 14B, at its real width, heads and feed-forward."""
+    """A single block of the 14B, at its real width, heads and feed-forward. More than 20 s, since
+    it has 350 million parameters to draw, convert and multiply by."""
     c = DiTConfig(num_layers=1, text_dim=32, image_dim=32)
     from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 

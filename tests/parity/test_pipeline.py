@@ -144,6 +144,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_four_guided_steps_equal_diffusers(pair):
+    """More than 20 s as long as nothing is compiled: all four networks are, as users run them."""
     theirs, ours, kind = pair
     noise = noise_for_test()
     expected = run_theirs(theirs, kind, noise)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from configs import EncodeJob, command_line
-from wanjax.conditioning import check_size, encode_picture, prepare, size_for
+from wanjax.conditioning import check_size, image_tokens, picture_condition, prepare, size_for
 from wanjax.data.clips import Window, read_dataset, summary, windows
 from wanjax.data.features import FeatureSpec, FeatureWriter
 from wanjax.data.framing import fit
@@ -45,6 +45,7 @@ def main() -> None:
     todo = [window for window in cut if not writer.done(window.name)]
     sys.stderr.write(f"{summary(shots, cut)}; {width}x{height}, {len(todo)} to encode\n")
     texts = encode_captions(pipeline, todo)
+    pipeline.residents.enter("picture")
     with progress_bar("Encoding", len(cut), done=len(cut) - len(todo)) as bar:
         for window in todo:
             arrays = encode_window(pipeline, job, window, height, width)
@@ -102,7 +103,7 @@ def origin(
 
 
 def encode_captions(pipeline: Pipeline, cut: Sequence[Window]) -> dict[str, np.ndarray]:
-    """Features of every caption at its true length; then umT5 is no longer needed."""
+    """Features of every caption at its true length."""
     captions = list(dict.fromkeys(window.shot.caption for window in cut))
     texts = {}
     with progress_bar("Captions", len(captions), hidden=len(captions) < 2) as bar:
@@ -110,7 +111,6 @@ def encode_captions(pipeline: Pipeline, cut: Sequence[Window]) -> dict[str, np.n
             features = pipeline.encode_prompts([caption])[0]
             texts[caption] = features[: features.any(-1).cumsum().argmax() + 1]
             bar.advance()
-    pipeline.release("text_encoder")
     return texts
 
 
@@ -132,7 +132,8 @@ def encode_window(
             preprocess=job.preprocess,
             clip_size=pipeline.configs["image_encoder"].image_size,
         )
-        tokens, condition = encode_picture(pipeline.vae, pipeline.image_encoder, prepared)
+        tokens = image_tokens(pipeline.image_encoder, prepared.clip)
+        condition = picture_condition(pipeline.vae, prepared)
         arrays |= {"image": np.asarray(tokens[0]), "condition": np.asarray(condition[0])}
     return arrays
 

@@ -4,29 +4,47 @@
 `--lora runs/film:0.8`. --jobs FILE.jsonl makes many videos with one compilation; each line has
 `out` and any of image, last_image, prompt, negative_prompt, seed, frames, height, width, steps,
 guidance, shift; what it leaves out comes from the command line, and finished videos are skipped.
+
+What was denoised is written to OUT.latents.safetensors before it is decoded, and goes when the
+video is whole; after an interruption the same command decodes it, and other settings are refused.
 """
 
 import json
 import math
 import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from configs import SampleJob, command_line, parse_mesh
 from convert.lora import read_any_lora
 from wanjax.conditioning import check_size
-from wanjax.data.video import write_video
+from wanjax.data.video import read_image, write_video
 from wanjax.errors import UserError, nearest, run_script
+from wanjax.latents import (
+    Latents,
+    digest,
+    latents_path,
+    read_latents,
+    require_room,
+    write_latents,
+)
 from wanjax.lora import LoRA
 from wanjax.outputs import require_writable
 from wanjax.pipeline import Conditioned, Pipeline
 from wanjax.precision import parse_dtype
 from wanjax.solvers import make_schedule
+from wanjax.weights import fingerprint
 
 PER_VIDEO = frozenset(
     ["image", "last_image", "prompt", "negative_prompt", "out", "seed", "frames"]
     + ["height", "width", "steps", "guidance", "shift", "solver"]
 )
+MAKES_LATENTS = PER_VIDEO - {"out"} | {"area", "sigmas", "preprocess"}
 
 
 def main() -> None:
@@ -35,6 +53,9 @@ def main() -> None:
     videos = [video for video in wanted if not video.out.exists()]
     if len(videos) < len(wanted):
         sys.stderr.write(f"{len(wanted) - len(videos)} of {len(wanted)} videos exist already\n")
+    for video in wanted:
+        if video not in videos:
+            latents_path(video.out).unlink(missing_ok=True)  # of a run killed at its very end
     for video in videos:
         check(video)
     pipeline = Pipeline(
@@ -43,22 +64,100 @@ def main() -> None:
         residual=job.residual,
         loras=[read_adapter(text) for text in job.lora],
         mesh=parse_mesh(job.mesh),
+        residency=job.residency,
     )
-    # All encoders run first, so that umT5 and CLIP are loaded once and gone before the denoiser.
-    conditioned = [condition(pipeline, video) for video in videos]
-    pipeline.release("text_encoder", "image_encoder")
-    for video, given in zip(videos, conditioned):
-        frames = pipeline.generate(
-            given,
-            steps=video.steps,
-            guidance=video.guidance,
-            shift=video.shift,
-            solver=video.solver,
-            sigmas=video.sigmas,
-            seed=video.seed,
-        )
+    make(pipeline, videos)
+
+
+def make(pipeline: Pipeline, videos: list[SampleJob]) -> None:
+    """Condition, denoise and decode; what an earlier run denoised is only decoded."""
+    base = describe_model(pipeline)
+    made_by = {video.out: base | describe(video) for video in videos}
+    latents = {out: read_latents(latents_path(out), made_by[out]) for out in made_by}
+    # All encoders run first, so that umT5 and CLIP are loaded once.
+    new = [video for video in videos if latents[video.out] is None]
+    given = {video.out: condition(pipeline, video) for video in new}
+    for out in given:
+        require_room(latents_path(out), pipeline.latents_shape(given[out]))
+    waiting = []
+    for video in videos:
+        if video in new:
+            latents[video.out] = denoise(pipeline, video, given[video.out])
+            keep(latents_path(video.out), latents[video.out], made_by[video.out])
+        waiting.append(video)
+        # Where the denoiser and the VAE have no room together, all is denoised first.
+        if pipeline.residents.fit("denoise", "decode") or video is videos[-1]:
+            for done in waiting:
+                finish(pipeline, done, latents.pop(done.out))
+            waiting = []
+
+
+def describe_model(pipeline: Pipeline) -> dict[str, Any]:
+    """What of the settings of latents is the model's."""
+    adapters = [
+        [digest(*(part for role in sorted(lora.layers) for part in content(role, lora))), strength]
+        for lora, strength in pipeline.loras
+    ]
+    return {
+        "checkpoint": {name: fingerprint(pipeline.folder, name) for name in pipeline.configs},
+        "lora": adapters,
+        "dtype": parse_dtype(pipeline.dtype).name,
+        "residual": pipeline.residual,
+    }
+
+
+def content(role: str, lora: LoRA) -> Iterator[bytes]:
+    """All that one layer's adapter is."""
+    adapter = lora.layers[role]
+    yield f"{role} {adapter.down.shape} {adapter.alpha}".encode()
+    yield from (np.ascontiguousarray(x).tobytes() for x in (adapter.down, adapter.up))
+
+
+def describe(video: SampleJob) -> dict[str, Any]:
+    """What of the settings of latents is the request's; pictures by their content."""
+    settings = {name: getattr(video, name) for name in MAKES_LATENTS}
+    for name in ("image", "last_image"):
+        if (path := getattr(video, name)) is not None:
+            picture = read_image(path)
+            settings[name] = digest(str(picture.shape).encode(), picture.tobytes())
+    return settings
+
+
+def denoise(pipeline: Pipeline, video: SampleJob, given: Conditioned) -> Latents:
+    return pipeline.denoise(
+        given,
+        steps=video.steps,
+        guidance=video.guidance,
+        shift=video.shift,
+        solver=video.solver,
+        sigmas=video.sigmas,
+        seed=video.seed,
+    )
+
+
+def keep(path: Path, latents: Latents, settings: dict[str, Any]) -> None:
+    """Write the latents before they are decoded; where that fails there is still the video."""
+    try:
+        write_latents(path, latents, settings)
+    except UserError as error:
+        warnings.warn(str(error), stacklevel=2)
+
+
+def finish(pipeline: Pipeline, video: SampleJob, latents: Latents) -> None:
+    """Decode and write the video; then its latents are no longer needed."""
+    frames, kept = pipeline.decode(latents), latents_path(video.out)
+    try:
         write_video(video.out, frames, fps=video.fps)
-        sys.stderr.write(f"{video.out}: {len(frames)} frames, {given.width}x{given.height}\n")
+    except UserError as error:
+        if not kept.exists():
+            raise
+        raise UserError(
+            f"{str(error).rstrip('.')}; its latents are kept in {kept}, from where the same "
+            "command goes on."
+        ) from error
+    kept.unlink(missing_ok=True)
+    count, height, width = frames.shape[:3]
+    sys.stderr.write(f"{video.out}: {count} frames, {width}x{height}\n")
 
 
 def requests(job: SampleJob) -> list[SampleJob]:

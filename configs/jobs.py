@@ -110,3 +110,6 @@ class SampleJob:
     error."""
     mesh: str | None = None
     """Devices, such as data=1,ring=1,ulysses=8; all on one device when left out."""
+    residency: Literal["auto", "stay", "host", "disk"] = "auto"
+    """What networks do that a phase does not need. auto: they stay where all fit in half of the
+    device's memory, else wait in the host's, or are read again; stay, host, disk: always so."""

@@ -7,13 +7,16 @@ import pytest
 from flax import nnx
 
 from tests.programs import products
-from tests.toy import SMALL, dit_inputs
+from tests.scripts import write_checkpoint
+from tests.toy import SMALL, dit_inputs, toy_dit
+from wanjax import Pipeline
 from wanjax.errors import UserError
 from wanjax.models.clip import CLIPVisionConfig
 from wanjax.models.umt5 import UMT5Config
 from wanjax.models.vae import VAEConfig
 from wanjax.nn import Linear
 from wanjax.precision import BF16, F16, F32, TABLE, WHOLE, parse_dtype, precision_of
+from wanjax.training import TrainConfig, Trainer
 from wanjax.weights import abstract_network, lost, parameters
 
 CONFIGS = {
@@ -84,6 +87,19 @@ def test_the_stream_is_never_coarser_than_what_is_added_to_it():
     model.residual = "bfloat16"
     program = jax.make_jaxpr(lambda m, *x: m(*x))(model, *dit_inputs())
     assert {v.aval.dtype for e in products(program.jaxpr) for v in e.invars} == {np.dtype(F32)}
+
+
+def test_the_stream_is_a_setting_of_sampling_and_of_training(tmp_path):
+    """fp32 by default where videos are made, bf16 where every block's input is kept."""
+    write_checkpoint(tmp_path / "ck", only=("dit",))
+    assert Pipeline.load(tmp_path / "ck").dit.residual == "float32"
+    assert Pipeline.load(tmp_path / "ck", residual="bfloat16").dit.residual == "bfloat16"
+    with pytest.raises(UserError, match="no precision 'float16'"):
+        Pipeline.load(tmp_path / "ck", residual="float16")
+    for settings in (TrainConfig(), TrainConfig(residual="float32")):
+        model = Trainer(toy_dit(dtype=jnp.bfloat16), settings).model()
+        assert model.residual == settings.residual
+    assert TrainConfig().residual == "bfloat16"
 
 
 @pytest.mark.parametrize("network", ["vae", "image_encoder"])

@@ -11,13 +11,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each row imports only rows before it.
 ROWS = [
     ["types", "errors", "progress"],
-    ["precision", "sharding", "rope", "outputs"],
+    ["precision", "sharding", "rope", "outputs", "residency"],
     ["attention", "tensor_files"],
     ["nn"],
     ["causal"],
     ["models"],
     ["lora", "flow", "solvers", "text"],
-    ["conditioning", "weights", "checkpoint", "metrics", "prompt_cache", "data", "eval"],
+    ["conditioning", "weights", "checkpoint", "metrics", "prompt_cache", "latents", "data", "eval"],
+    ["pictures"],
     ["pipeline", "training"],
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}

@@ -90,14 +90,18 @@ def mask_for(given: Float[np.ndarray, " T"], h: int, w: int) -> Float[np.ndarray
     return np.broadcast_to(per_latent, (len(per_latent), h, w, 4)).astype(np.float32)
 
 
-def encode_picture(
-    vae: VAE, image_encoder: CLIPVision, prepared: Prepared
-) -> tuple[Float[Array, "1 S C"], Float[Array, "1 t h w 20"]]:
-    """CLIP tokens of the picture(s), joined along S, and the condition: mask, then latents."""
-    tokens = _encode_image(image_encoder, prepared.clip)
+def image_tokens(
+    image_encoder: CLIPVision, pictures: Float[np.ndarray, "P H W 3"]
+) -> Float[Array, "1 S C"]:
+    """CLIP's tokens of the picture(s), joined along S."""
+    tokens = _encode_image(image_encoder, pictures)
+    return tokens.reshape(1, -1, tokens.shape[-1])
+
+
+def picture_condition(vae: VAE, prepared: Prepared) -> Float[Array, "1 t h w 20"]:
+    """The condition that the picture(s) give: mask, then latents."""
     latents = vae.encode(prepared.video[None])
-    condition = jnp.concatenate([jnp.asarray(prepared.mask)[None], latents], axis=-1)
-    return tokens.reshape(1, -1, tokens.shape[-1]), condition
+    return jnp.concatenate([jnp.asarray(prepared.mask)[None], latents], axis=-1)
 
 
 def encode_text(text_encoder: UMT5, tokens: Tokens) -> list[Float[np.ndarray, "L C"]]:

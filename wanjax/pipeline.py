@@ -1,10 +1,11 @@
 """Picture and prompt to video: condition, denoise, decode.
 
-A `Pipeline` opens a native checkpoint folder and loads a network when it is first needed, so that
-the 11 GB text encoder and the denoiser need not share a device: after conditioning the encoders are
-released, and the features of every prompt are kept. The denoise step is compiled once per size.
+A `Pipeline` opens a native checkpoint folder and loads a network when it is first needed. Which
+networks share the device is a rule over its phases (`wanjax.residency`); the features of every
+prompt and the tokens of every picture are kept. The denoise step is compiled once per size.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,32 +20,25 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-from PIL import Image
 
 from wanjax import lora as lora_module
 from wanjax.checkpoint import load_lora
-from wanjax.conditioning import check_size, encode_picture, encode_text, prepare, size_for
-from wanjax.data.video import read_image
+from wanjax.conditioning import check_size, encode_text, image_tokens, picture_condition, prepare
 from wanjax.errors import UserError
 from wanjax.models.clip import CLIPVision
-from wanjax.models.dit import DiT, DiTConfig
+from wanjax.models.dit import DiT
 from wanjax.models.umt5 import UMT5
 from wanjax.models.vae import VAE
+from wanjax.pictures import ImageLike, check_pictures, choose_size, read_picture
 from wanjax.precision import parse_dtype
 from wanjax.progress import progress_bar
 from wanjax.prompt_cache import PromptCache
+from wanjax.residency import Residency, Residents
 from wanjax.sharding import constrain_state
-from wanjax.solvers import Coefficients, State, initial_state, make_schedule, step
-from wanjax.text import (
-    NEGATIVE_PROMPT,
-    NEGATIVE_PROMPT_FLF2V,
-    NEGATIVE_PROMPT_I2V,
-    Tokenizer,
-)
+from wanjax.solvers import Coefficients, State, initial_noise, initial_state, make_schedule, step
+from wanjax.text import Tokenizer, check_vocabulary, default_negative
 from wanjax.types import Condition, PathLike, Tokens
-from wanjax.weights import abstract_network, fingerprint, load_network, read_config
-
-ImageLike = PathLike | Image.Image | np.ndarray
+from wanjax.weights import abstract_network, device_bytes, fingerprint, load_network, read_config
 
 
 class MissingNetworkError(UserError, AttributeError):
@@ -77,13 +71,16 @@ class Pipeline:
         residual: str = "float32",
         loras: Sequence[tuple[lora_module.LoRA, float]] = (),
         mesh: Mesh | None = None,
+        residency: Residency = "auto",
     ):
         self.folder = Path(folder)
         self.configs = read_config(folder)
         self.dtype, self.loras, self.mesh = dtype, tuple(loras), mesh
         self.residual = parse_dtype(residual).name
-        self._networks: dict[str, nnx.Module] = {}
+        size = lambda name: device_bytes(name, self.configs[name], dtype, mesh)  # noqa: E731
+        self.residents = Residents(self.configs, self._load, size, residency)
         self._prompts: dict[str, np.ndarray] = {}
+        self._pictures: dict[str, np.ndarray] = {}
         if self.loras:
             # Refuse adapters of another model now, not after minutes of loading.
             self._require("dit")
@@ -98,16 +95,24 @@ class Pipeline:
         residual: str = "float32",
         lora: Sequence[tuple[PathLike, float]] = (),
         mesh: Mesh | None = None,
+        residency: Residency = "auto",
     ) -> "Pipeline":
         """Open the native checkpoint in `folder`; weights are read when they are first needed.
 
         `dtype` is "bfloat16" or "float32" (what runs in fp32 all the same: docs/precision.md), and
         `residual` the type of the denoiser's residual stream. `lora` lists runs or native adapter
-        files, each with a strength. Raises `UserError` for a folder, an adapter or a type that
-        cannot be used.
+        files, each with a strength. `residency` says what networks do that a phase does not need
+        (`wanjax.residency`). Raises `UserError` for what cannot be used.
         """
         loras = [(load_lora(path), strength) for path, strength in lora]
-        return cls(folder, dtype=parse_dtype(dtype), residual=residual, loras=loras, mesh=mesh)
+        return cls(
+            folder,
+            dtype=parse_dtype(dtype),
+            residual=residual,
+            loras=loras,
+            mesh=mesh,
+            residency=residency,
+        )
 
     @property
     def dit(self) -> DiT:
@@ -129,11 +134,6 @@ class Pipeline:
         """Refuse a folder that was made without one of these networks."""
         for name in names:
             self._require(name)
-
-    def release(self, *names: str) -> None:
-        """Forget loaded networks; they are read again if they are needed again."""
-        for name in names:
-            self._networks.pop(name, None)
 
     def sample(
         self,
@@ -169,7 +169,6 @@ class Pipeline:
             frames=frames,
             preprocess=preprocess,
         )
-        self.release("text_encoder", "image_encoder")
         return self.generate(
             conditioned,
             steps=steps,
@@ -196,9 +195,9 @@ class Pipeline:
     ) -> Conditioned:
         """Run the encoders; the arguments are those of `sample`."""
         config = self.configs[self._require("dit")]
-        self._check_pictures(image, last_image)
+        check_pictures(config, self.folder, image, last_image)
         pictures = [read_picture(p) for p in (image, last_image) if p is not None]
-        height, width = _choose_size(height, width, area, pictures)
+        height, width = choose_size(height, width, area, pictures)
         check_size(frames, height, width)
         if negative_prompt is None:
             negative_prompt = default_negative(config)
@@ -214,8 +213,10 @@ class Pipeline:
                 preprocess=preprocess,
                 clip_size=self.configs[self._require("image_encoder")].image_size,
             )
+            tokens = self.encode_pictures(prepared.clip)
+            self.residents.enter("picture")
             with self._on_mesh():
-                tokens, latents = encode_picture(self.vae, self.image_encoder, prepared)
+                latents = picture_condition(self.vae, prepared)
         conditions = (Condition(text[None], tokens, latents) for text in (positive, negative))
         return Conditioned(*jax.device_get(tuple(conditions)), height, width, frames)
 
@@ -230,23 +231,31 @@ class Pipeline:
             for prompt, ids, mask in zip(new, tokens.ids, tokens.mask):
                 features = cache.get(ids)
                 if features is None:
+                    self.residents.enter("text")
                     with self._on_mesh():
                         features = encode_text(self.text_encoder, Tokens(ids[None], mask[None]))[0]
                     cache.put(ids, features)
                 self._prompts[prompt] = features
         return np.stack([self._prompts[p] for p in prompts])
 
+    def encode_pictures(self, pictures: Float[np.ndarray, "P H W 3"]) -> Float[np.ndarray, "1 S C"]:
+        """CLIP's tokens of one picture or two, joined along S; known pictures are not encoded
+        again."""
+        key = hashlib.sha256(pictures.tobytes()).hexdigest()
+        if key not in self._pictures:
+            self.residents.enter("picture")
+            with self._on_mesh():
+                self._pictures[key] = np.asarray(image_tokens(self.image_encoder, pictures))
+        return self._pictures[key]
+
     def _tokenize(self, prompts: Sequence[str]) -> Tokens:
         tokenizer = Tokenizer(
             self.folder / "tokenizer", self.configs[self._require("dit")].text_len
         )
-        rows = self.configs[self._require("text_encoder")].vocab_size
         tokens = tokenizer(prompts)
-        if tokens.ids.max() >= rows:
-            raise UserError(
-                f"The tokenizer in {self.folder} gives the id {tokens.ids.max()} and the text "
-                f"encoder knows {rows}; use the tokenizer that came with the checkpoint."
-            )
+        check_vocabulary(
+            tokens, self.configs[self._require("text_encoder")].vocab_size, self.folder
+        )
         return tokens
 
     def generate(
@@ -262,17 +271,39 @@ class Pipeline:
         seed: int = 0,
     ) -> Float[np.ndarray, "T H W 3"]:
         """Denoise and decode; the arguments are those of `sample`."""
+        latents = self.denoise(
+            conditioned,
+            steps=steps,
+            guidance=guidance,
+            shift=shift,
+            solver=solver,
+            sigmas=sigmas,
+            noise=noise,
+            seed=seed,
+        )
+        return self.decode(latents)
+
+    def denoise(
+        self,
+        conditioned: Conditioned,
+        *,
+        steps: int = 40,
+        guidance: float = 5.0,
+        shift: float = 5.0,
+        solver: str = "unipc",
+        sigmas: Sequence[float] | None = None,
+        noise: Float[np.ndarray, "..."] | None = None,
+        seed: int = 0,
+    ) -> Float[np.ndarray, "t h w C"]:
+        """The latents of a video, on the host, fp32; the arguments are those of `sample`."""
         if not math.isfinite(guidance):
             raise UserError(f"guidance={guidance} is not a scale; use 5, or 1 for no guidance.")
         schedule = make_schedule(solver, steps, shift, sigmas)
         # Committed to their places, as a step's results are: else the second step compiles again.
-        state, conditions = jax.device_put(
-            (
-                initial_state(self._noise(conditioned, noise, seed)),
-                (conditioned.positive, conditioned.negative),
-            ),
-            self._everywhere(),
-        )
+        noise = initial_noise(self.latents_shape(conditioned), noise, seed)
+        conditions = conditioned.positive, conditioned.negative
+        state, conditions = jax.device_put((initial_state(noise), conditions), self._everywhere())
+        self.residents.enter("denoise")
         with self._on_mesh(), progress_bar("Denoising", len(schedule)) as bar:
             for i, timestep in enumerate(schedule.timesteps):
                 state = denoise_step(
@@ -286,34 +317,24 @@ class Pipeline:
                 )
                 state.x.block_until_ready()
                 bar.advance()
-            video = self.vae.decode(state.x)
+        return np.asarray(state.x[0])
+
+    def decode(self, latents: Float[np.ndarray, "t h w C"]) -> Float[np.ndarray, "T H W 3"]:
+        """The video of latents, in [0, 1]."""
+        self.residents.enter("decode")
+        with self._on_mesh():
+            video = self.vae.decode(jax.device_put(latents[None], self._everywhere()))
         return np.clip(np.asarray(video[0], np.float32) * 0.5 + 0.5, 0, 1)
 
-    def _noise(self, conditioned: Conditioned, noise, seed: int) -> jax.Array:
+    def latents_shape(self, conditioned: Conditioned) -> tuple[int, int, int, int]:
+        """`t h w C` of the latents of a request."""
         stride = self.configs[self._require("vae")].stride
-        shape = (
+        return (
             (conditioned.frames - 1) // stride[0] + 1,
             conditioned.height // stride[1],
             conditioned.width // stride[2],
             self.configs["dit"].out_channels,
         )
-        if noise is None:
-            return jax.random.normal(jax.random.key(seed), (1, *shape), jnp.float32)
-        noise = jnp.array(noise, jnp.float32)  # a copy: the denoise step consumes its state
-        if noise.shape not in (shape, (1, *shape)):
-            raise UserError(f"noise has the shape {noise.shape} and this video needs {shape}.")
-        return noise.reshape(1, *shape)
-
-    def _check_pictures(self, image: object, last_image: object) -> None:
-        config = self.configs["dit"]
-        if (image is None) != (config.image_dim is None):
-            need = "needs a picture" if image is None else "is text-to-video and takes no picture"
-            remedy = "give one as `image`" if image is None else "leave `image` out"
-            raise UserError(f"The model in {self.folder} {need}; {remedy}.")
-        if (last_image is None) != (config.image_positions is None):
-            need = "needs" if last_image is None else "takes no"
-            remedy = "give one as `last_image`" if last_image is None else "leave `last_image` out"
-            raise UserError(f"The model in {self.folder} {need} last picture; {remedy}.")
 
     def _on_mesh(self):
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -333,15 +354,15 @@ class Pipeline:
         return name
 
     def _network(self, name: str) -> nnx.Module:
-        self._require(name)
-        if name not in self._networks:
-            network = load_network(self.folder, name, dtype=self.dtype, mesh=self.mesh)
-            if name == "dit":
-                network.residual = self.residual
-            if name == "dit" and self.loras:
-                lora_module.apply(network, self.loras)
-            self._networks[name] = network
-        return self._networks[name]
+        return self.residents.get(self._require(name))
+
+    def _load(self, name: str) -> nnx.Module:
+        network = load_network(self.folder, name, dtype=self.dtype, mesh=self.mesh)
+        if name == "dit":
+            network.residual = self.residual
+        if name == "dit" and self.loras:
+            lora_module.apply(network, self.loras)
+        return network
 
 
 @partial(jax.jit, static_argnames="guided", donate_argnames="state")
@@ -367,34 +388,3 @@ def denoise_step(
         towards, away = velocity[:1], velocity[1:]
         velocity = away + guidance * (towards - away)
     return constrain_state(step(state, velocity, coefficients))
-
-
-def read_picture(image: ImageLike) -> np.ndarray:
-    """A path, a PIL image or an array (uint8, or float in [0, 1]) as RGB uint8 `[H W 3]`."""
-    if isinstance(image, str | Path):
-        return read_image(image)
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    array = np.asarray(image)
-    if array.ndim != 3 or array.shape[-1] != 3:
-        raise UserError(f"An image is an array [H W 3], not {list(array.shape)}; convert it first.")
-    if array.dtype == np.uint8:
-        return array
-    return np.round(np.clip(array, 0, 1) * 255).astype(np.uint8)
-
-
-def default_negative(config: DiTConfig) -> str:
-    """Wan's negative prompt for this kind of model."""
-    if config.image_dim is None:
-        return NEGATIVE_PROMPT
-    return NEGATIVE_PROMPT_I2V if config.image_positions is None else NEGATIVE_PROMPT_FLF2V
-
-
-def _choose_size(
-    height: int | None, width: int | None, area: int, pictures: Sequence[np.ndarray]
-) -> tuple[int, int]:
-    if (height is None) != (width is None):
-        raise UserError("Give both height and width, or neither (the picture's aspect decides).")
-    if height is not None:
-        return height, width
-    return size_for(*(pictures[0].shape[:2] if pictures else (9, 16)), area)

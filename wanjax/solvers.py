@@ -63,6 +63,18 @@ class State(NamedTuple):
     m2: Float[Array, "..."]
 
 
+def initial_noise(
+    shape: tuple[int, ...], given: Float[np.ndarray, "..."] | None, seed: int
+) -> Float[Array, "1 t h w C"]:
+    """The noise of `seed`, or the given one, which must be of this shape."""
+    if given is None:
+        return jax.random.normal(jax.random.key(seed), (1, *shape), jnp.float32)
+    noise = jnp.array(given, jnp.float32)  # a copy: the denoise step consumes its state
+    if noise.shape not in (shape, (1, *shape)):
+        raise UserError(f"noise has the shape {noise.shape} and this video needs {shape}.")
+    return noise.reshape(1, *shape)
+
+
 def initial_state(noise: Float[Array, "..."]) -> State:
     """The state before the first step; the history is zero and has zero weight there."""
     return State(noise, *(jnp.zeros_like(noise) for _ in range(3)))

@@ -18,6 +18,7 @@ import tokenizers
 from jaxtyping import Array, Float, Int
 
 from wanjax.errors import UserError
+from wanjax.models.dit import DiTConfig
 from wanjax.types import PathLike, Tokens
 
 PAD, END = 0, 1
@@ -31,6 +32,22 @@ NEGATIVE_PROMPT = (
 )
 NEGATIVE_PROMPT_I2V = "镜头晃动，" + NEGATIVE_PROMPT  # and camera shake
 NEGATIVE_PROMPT_FLF2V = "镜头切换，" + NEGATIVE_PROMPT_I2V  # and cuts
+
+
+def default_negative(config: DiTConfig) -> str:
+    """Wan's negative prompt for this kind of model."""
+    if config.image_dim is None:
+        return NEGATIVE_PROMPT
+    return NEGATIVE_PROMPT_I2V if config.image_positions is None else NEGATIVE_PROMPT_FLF2V
+
+
+def check_vocabulary(tokens: Tokens, rows: int, folder: Path) -> None:
+    """Refuse the tokenizer of another model, whose ids the text encoder has no vectors for."""
+    if tokens.ids.max() >= rows:
+        raise UserError(
+            f"The tokenizer in {folder} gives the id {tokens.ids.max()} and the text encoder knows "
+            f"{rows}; use the tokenizer that came with the checkpoint."
+        )
 
 
 def clean(prompt: str) -> str:

@@ -22,7 +22,7 @@ WORKERS ?= 2
 BY_FILE := -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-changed test-fast test-random test-matrix test-tree-mode test-newest
-.PHONY: test-mesh lint bench clean
+.PHONY: test-mesh test-plan plan-env lint bench clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m examples.demo $(if $(CLIP),--clip "$$CLIP") $(if $(CAPTION),--caption "$$CAPTION")
@@ -57,6 +57,23 @@ test-tree-mode: $(VENV)/.test
 # Sharded equals unsharded on all twenty meshes of 1, 2, 4 and 8 virtual devices; prints a table.
 test-mesh: $(VENV)/.test
 	$(RUN) -m tests.meshes --all
+
+# The true programs at the real size, compiled for TPUs and GPUs that are not here: their memory and
+# what they send. libtpu and the CUDA wheels (4 GB) have an environment of their own.
+PLAN := .venv-plan
+test-plan: $(PLAN)/.ready
+	$(PLAN)/bin/python -m tests.plan $(PLAN_ARGS)
+
+plan-env: $(PLAN)/.ready
+
+PLAN_PACKAGES := libtpu==0.0.51 jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 \
+	nvidia-cudnn-cu13 nvidia-cublas nvidia-cuda-nvcc nvidia-cuda-runtime
+
+$(PLAN)/.ready: pyproject.toml $(CONSTRAINTS)
+	$(PLAN)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(PLAN)
+	$(PLAN)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
+		-e . $(PLAN_PACKAGES)
+	touch $@
 
 NEWEST := .venv-newest
 test-newest:
@@ -104,4 +121,4 @@ $(VENV)/.test: $(VENV)/.library
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) demo .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(PLAN) demo .pytest_cache .ruff_cache

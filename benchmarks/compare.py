@@ -25,7 +25,7 @@ from peft import LoraConfig
 
 from wanjax.models.dit import DiTConfig
 from wanjax.models.vae import VAEConfig
-from wanjax.pipeline import denoise_step
+from wanjax.pipeline import denoise_step, prepare_rows
 from wanjax.solvers import initial_state, make_schedule
 from wanjax.training import TrainConfig, Trainer
 from wanjax.types import Batch, Condition
@@ -85,10 +85,9 @@ def denoise_pair() -> Pair:
 
     def ours() -> None:
         state = initial_state(jnp.asarray(one["latents"]))
-        state = denoise_step(
-            dit, state, np.float32(900), schedule.row(0), condition, condition, np.float32(5),
-            guided=True,
-        )  # fmt: skip
+        rows = prepare_rows(dit, (condition, condition))
+        given = (np.float32(900), schedule.row(0), rows, np.float32(5))
+        state = denoise_step(dit, state, *given, guided=True)
         state.x.block_until_ready()
 
     model = reference_dit().eval()

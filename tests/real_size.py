@@ -5,6 +5,9 @@ say where they would lie. What is traced here can be read as a jaxpr, or compile
 is not there.
 """
 
+import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -14,9 +17,10 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tests.wire import collectives
 from wanjax.models.dit import DiT, DiTConfig
-from wanjax.pipeline import denoise_step
-from wanjax.sharding import shardings, spec
+from wanjax.pipeline import Rows, denoise_step, prepare_rows
+from wanjax.sharding import make_mesh, shardings, spec
 from wanjax.solvers import Coefficients, State
 from wanjax.training import TrainConfig, TrainState, make_optimizer, prepare_model, train_step
 from wanjax.types import Batch, Condition
@@ -75,9 +79,11 @@ def trace_denoise_step(
     x = jax.ShapeDtypeStruct((1, *GRIDS[size], 16), jnp.float32)
     number = jax.ShapeDtypeStruct((), jnp.float32)
     given = (State(x, x, x, x), number, Coefficients(*[number] * 9))
-    given += (condition(size, 1), condition(size, 1), number)
     with context(mesh):
-        return denoise_step.trace(dit, *placed(given, mesh), guided=True)
+        rows = jax.eval_shape(prepare_rows, dit, (condition(size, 1), condition(size, 1)))
+        told = placed(rows.context, mesh, None, "batch"), placed(rows.condition, mesh)
+        given = *placed(given, mesh), Rows(*told), placed(number, mesh)
+        return denoise_step.trace(dit, *given, guided=True)
 
 
 def trace_train_step(
@@ -138,3 +144,24 @@ def equations(jaxpr) -> Iterator:
         yield equation
         for inner in jaxprs_in_params(equation.params):
             yield from equations(inner)
+
+
+def main() -> None:
+    """Print what each program would send on eight (virtual) devices, a JSON line a program."""
+    mesh = make_mesh(data=2, ulysses=4)
+    traced = {
+        "denoise": trace_denoise_step("480p33", mesh),
+        "lora": trace_train_step("480p33", mesh, batch=2),
+    }
+    for name in sys.argv[1:] or traced:
+        text = traced[name].lower().compile().as_text()
+        found = [(kind, shapes, times) for kind, shapes, _, times in collectives(text)]
+        print(json.dumps({"program": name, "collectives": found}), flush=True)
+
+
+if __name__ == "__main__":
+    # The partitioned program is wanted, not good code for it.
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    )
+    main()

@@ -11,6 +11,8 @@ from wanjax.attention import attention, kernels
 from wanjax.attention.reference import CHUNK, attend, attend_gradients
 from wanjax.errors import UserError
 
+pytestmark = pytest.mark.compiles
+
 BLOCKS = kernels.Blocks(query=256, key=256, compute=128, query_back=128, key_back=256)
 # Queries and keys: neither fills its last block; the third has keys of less than one.
 LENGTHS = [(300, 300), (513, 641), (260, 77)]

@@ -4,6 +4,7 @@ Each look at a program has a counterpart that it must find: a program which does
 """
 
 import itertools
+import json
 import math
 from functools import cache
 
@@ -12,7 +13,10 @@ import jax.numpy as jnp
 import pytest
 
 from tests.real_size import CONFIG, equations, tokens, trace_denoise_step, trace_train_step
+from tests.scripts import ROOT, start
 from wanjax.training import TrainConfig
+
+pytestmark = pytest.mark.compiles
 
 LEAST_QUERIES = 128
 # A length may be filled up to whole chunks or blocks.
@@ -125,3 +129,44 @@ def test_a_length_without_divisors_has_chunks_as_large():
     counts = queries_at_once(jaxpr, length)
     assert counts and min(counts) >= LEAST_QUERIES
     assert whole_scores(jaxpr, length) == []
+
+
+@pytest.fixture(scope="module")
+def partitioned() -> dict[str, list]:
+    """Collectives of the programs on eight devices: `[kind, shapes, times]`."""
+    process = start("-m", "tests.real_size", cwd=ROOT)
+    out, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    lines = [json.loads(line) for line in out.splitlines()]
+    return {line["program"]: line["collectives"] for line in lines}
+
+
+@pytest.mark.parametrize("name, times", [("denoise", 1), ("lora", 2)])
+def test_weights_are_gathered_block_by_block(name, times, partitioned):
+    """Never those of all blocks at once; each block's once, or twice in training."""
+    d, f, n = CONFIG.dim, CONFIG.ffn_dim, CONFIG.num_layers
+    gathers = [
+        ([size for size in shape if size > 1], count)
+        for kind, shapes, count in partitioned[name]
+        if kind == "all-gather"
+        for shape in shapes
+    ]
+    assert [shape for shape, _ in gathers if shape[:1] == [n] and math.prod(shape) > d * f] == []
+    for kernel in ([d, f], [f, d]):
+        assert sum(count for shape, count in gathers if shape == kernel) == n * times
+
+
+@pytest.mark.parametrize("name", ["denoise", "lora"])
+def test_attention_exchanges_tokens_for_heads_and_gathers_none(name, partitioned):
+    """No array of all tokens is gathered: queries, keys and values go through all-to-alls."""
+    length = tokens("480p33")
+    sent = partitioned[name]
+    gathered = [s for kind, shapes, _ in sent if kind == "all-gather" for s in shapes]
+    assert [s for s in gathered if length in s and math.prod(s) > length * CONFIG.head_size] == []
+    exchanges = sum(
+        count
+        for kind, shapes, count in sent
+        if kind == "all-to-all" and shapes[0][-1] == CONFIG.head_size
+    )
+    # Four a block; in training forward, again for the gradient, and backward.
+    assert exchanges == CONFIG.num_layers * (4 if name == "denoise" else 12)

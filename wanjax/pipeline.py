@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from wanjax.checkpoint import load_lora
 from wanjax.conditioning import check_size, encode_text, image_tokens, picture_condition, prepare
 from wanjax.errors import UserError
 from wanjax.models.clip import CLIPVision
-from wanjax.models.dit import DiT
+from wanjax.models.dit import Context, DiT
 from wanjax.models.umt5 import UMT5
 from wanjax.models.vae import VAE
 from wanjax.pictures import ImageLike, check_pictures, choose_size, read_picture
@@ -34,7 +35,7 @@ from wanjax.precision import parse_dtype
 from wanjax.progress import progress_bar
 from wanjax.prompt_cache import PromptCache
 from wanjax.residency import Residency, Residents
-from wanjax.sharding import constrain_state
+from wanjax.sharding import check_rows, constrain, constrain_state
 from wanjax.solvers import Coefficients, State, initial_noise, initial_state, make_schedule, step
 from wanjax.text import Tokenizer, check_vocabulary, default_negative
 from wanjax.types import Condition, PathLike, Tokens
@@ -300,20 +301,24 @@ class Pipeline:
             raise UserError(f"guidance={guidance} is not a scale; use 5, or 1 for no guidance.")
         schedule = make_schedule(solver, steps, shift, sigmas)
         # Committed to their places, as a step's results are: else the second step compiles again.
+        guided = guidance != 1
+        branches = "A guided video" if guided else "A video without guidance"
+        check_rows(1 + guided, self.mesh, branches)
         noise = initial_noise(self.latents_shape(conditioned), noise, seed)
-        conditions = conditioned.positive, conditioned.negative
+        conditions = (conditioned.positive, conditioned.negative)[: 1 + guided]
         state, conditions = jax.device_put((initial_state(noise), conditions), self._everywhere())
         self.residents.enter("denoise")
         with self._on_mesh(), progress_bar("Denoising", len(schedule)) as bar:
+            given = prepare_rows(self.dit, conditions)
             for i, timestep in enumerate(schedule.timesteps):
                 state = denoise_step(
                     self.dit,
                     state,
                     timestep,
                     schedule.row(i),
-                    *conditions,
+                    given,
                     np.float32(guidance),
-                    guided=guidance != 1,
+                    guided=guided,
                 )
                 state.x.block_until_ready()
                 bar.advance()
@@ -365,25 +370,39 @@ class Pipeline:
         return network
 
 
+class Rows(NamedTuple):
+    """What the denoiser is told in every step, for both branches of guidance as one batch."""
+
+    context: Context
+    condition: Float[Array, "B t h w C3"] | None
+
+
+@jax.jit
+def prepare_rows(dit: DiT, conditions: tuple[Condition, ...]) -> Rows:
+    """What does not change from step to step, computed once; the prompt's branch comes first."""
+    c = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
+    context = jax.tree.map(
+        lambda x: constrain(x, None, "batch", None, None, None), dit.context(c.text, c.image)
+    )
+    return Rows(context, c.latents)
+
+
 @partial(jax.jit, static_argnames="guided", donate_argnames="state")
 def denoise_step(
     dit: DiT,
     state: State,
     timestep: Float[Array, ""],
     coefficients: Coefficients,
-    positive: Condition,
-    negative: Condition,
+    rows: Rows,
     guidance: Float[Array, ""],
     *,
     guided: bool,
 ) -> State:
     """One solver step under classifier-free guidance, `v = v_n + g * (v_p - v_n)`; both branches
     run as one batch. Not `guided` means g = 1: only the prompt's branch runs."""
-    conditions = (positive, negative) if guided else (positive,)
-    c = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
-    copies = len(conditions)
+    copies = 1 + guided
     x = jnp.concatenate([state.x] * copies)
-    velocity = dit(x, jnp.full(copies, timestep), c.text, c.image, c.latents)
+    velocity = dit.denoise(x, jnp.full(copies, timestep), rows.context, rows.condition)
     if guided:
         towards, away = velocity[:1], velocity[1:]
         velocity = away + guidance * (towards - away)

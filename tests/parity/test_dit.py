@@ -139,7 +139,9 @@ def test_one_block_at_full_width():
     leaves = {k.removeprefix(prefix): v[0] for k, v in leaves.items()}
     del tensors, block
     model = nnx.eval_shape(lambda: Block(c, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    got = load_state(model, leaves)(x, time, text, image, rotary_table(grid, c.head_size))
+    ours = load_state(model, leaves)
+    rotary = rotary_table(grid, c.head_size)
+    got = ours(x, time, ours.cross_attn.context(text, image), rotary, x.shape[1])
     assert relative_error(got, expected) <= 1e-5
 
 

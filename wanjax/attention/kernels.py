@@ -207,22 +207,34 @@ def _fill(x: Float[Array, "B K N E"], length: int) -> Float[Array, "B K M E"]:
 
 
 def cudnn(query, key, value, count: Count):
-    """cuDNN's fused attention; padding by the number of real keys, as a mask would be a bias of
-    `N x N`."""
-    lengths = None if count is None else jnp.full(query.shape[0], count, jnp.int32)
-    return jax.nn.dot_product_attention(
-        query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"
+    """cuDNN's fused attention. Padding is told by the number of real keys: a mask would become a
+    bias of `N x N`."""
+    q, k, v, lengths = _for_cudnn(query, key, value, count)
+    out = jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
     )
+    return out[:, : query.shape[1]]
 
 
 def cudnn_with_lse(query, key, value, count: Count):
+    # The public function rounds the log-sum-exp to bf16, with which parts join 1 % wrong.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    q, k, v, lengths = _for_cudnn(query, key, value, count)
+    padding = {}
+    if lengths is not None:
+        queries = jnp.full(q.shape[0], q.shape[1], jnp.int32)
+        padding = {"mask_type": MaskType.PADDING, "q_seqlen": queries, "kv_seqlen": lengths}
+    scale = q.shape[-1] ** -0.5
+    out, lse = dot_product_attention(q, k, v, scale=scale, return_residual=True, **padding)
+    length = query.shape[1]
+    return out[:, :length].astype(jnp.float32), rearrange(lse, "B K N -> B N K")[:, :length]
+
+
+def _for_cudnn(query, key, value, count: Count):
+    """The arrays at even lengths, which its gradient wants, and the number of real keys."""
+    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))  # noqa: E731
+    if key.shape[1] % 2 and count is None:
+        count = key.shape[1]
     lengths = None if count is None else jnp.full(query.shape[0], count, jnp.int32)
-    out, lse = jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        key_value_seq_lengths=lengths,
-        implementation="cudnn",
-        return_residual=True,
-    )
-    return out.astype(jnp.float32), lse
+    return even(query), even(key), even(value), lengths

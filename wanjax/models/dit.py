@@ -7,6 +7,8 @@ same normalised query looks at both. Source: Wan-Video/Wan2.1, `wan/modules/mode
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,14 @@ from wanjax.rope import rotary_table, rotate
 from wanjax.sharding import constrain, fill, whole
 
 Rotary = tuple[Float[Array, "N E2"], Float[Array, "N E2"]]
+KeysValues = tuple[Float[Array, "*n B M K E"], Float[Array, "*n B M K E"]]
+
+
+class Context(NamedTuple):
+    """Keys and values of text and image for one block's cross-attention, or for all `n` blocks."""
+
+    text: KeysValues
+    image: KeysValues | None
 
 
 @dataclass(frozen=True)
@@ -108,21 +118,21 @@ class CrossAttention(nnx.Module):
             self.k_img, self.v_img = (Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(2))
             self.norm_k_img = RMSNorm(d, eps=config.eps)
 
-    def __call__(
-        self,
-        x: Float[Array, "B N D"],
-        text: Float[Array, "B L D"],
-        image: Float[Array, "B S D"] | None,
-    ) -> Float[Array, "B N D"]:
-        q = split_heads(self.norm_q(self.q(x)), self.head_size)
-        out = self._attend(q, self.norm_k(self.k(text)), self.v(text))
-        if image is not None:
-            out = out + self._attend(q, self.norm_k_img(self.k_img(image)), self.v_img(image))
-        return self.o(join_heads(out))
+    def context(self, text: Float[Array, "B L D"], image: Float[Array, "B S D"] | None) -> Context:
+        """Keys and values, which hang on neither the latents nor the timestep."""
+        split = partial(split_heads, head_size=self.head_size)
+        of_text = split(self.norm_k(self.k(text))), split(self.v(text))
+        if image is None:
+            return Context(of_text, None)
+        of_image = split(self.norm_k_img(self.k_img(image))), split(self.v_img(image))
+        return Context(of_text, of_image)
 
-    def _attend(self, q, k, v):
-        k, v = split_heads(k, self.head_size), split_heads(v, self.head_size)
-        return attention(q, k, v, queries="tokens")
+    def __call__(self, x: Float[Array, "B N D"], context: Context) -> Float[Array, "B N D"]:
+        q = split_heads(self.norm_q(self.q(x)), self.head_size)
+        out = attention(q, *context.text, queries="tokens")
+        if context.image is not None:
+            out = out + attention(q, *context.image, queries="tokens")
+        return self.o(join_heads(out))
 
 
 class Block(nnx.Module):
@@ -143,8 +153,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B N D"],
         time: Float[Array, "B 6 D"],
-        text: Float[Array, "B L D"],
-        image: Float[Array, "B S D"] | None,
+        context: Context,
         rotary: Rotary,
         count: int,
     ) -> Float[Array, "B N D"]:
@@ -152,7 +161,7 @@ class Block(nnx.Module):
         shift_self, scale_self, gate_self, shift_ffn, scale_ffn, gate_ffn = vectors
         y = self.self_attn(modulate(self.norm_self, x, shift_self, scale_self), rotary, count)
         x = add_gated(x, y, gate_self)
-        x = x + self.cross_attn(self.norm_cross(x), text, image)
+        x = x + self.cross_attn(self.norm_cross(x), context)
         y = self.ffn(modulate(self.norm_ffn, x, shift_ffn, scale_ffn))
         return constrain(add_gated(x, y, gate_ffn), "batch", "tokens", None)
 
@@ -243,7 +252,33 @@ class DiT(nnx.Module):
         condition: Float[Array, "B t h w C3"] | None = None,
     ) -> Float[Array, "B t h w 16"]:
         """The velocity `noise - data`, fp32. `timestep` is on the scale 0...1000 and stays fp32."""
-        self._check(latents, timestep, text, image, condition)
+        return self.denoise(latents, timestep, self.context(text, image), condition)
+
+    def context(
+        self, text: Float[Array, "B L C"], image: Float[Array, "B S C2"] | None = None
+    ) -> Context:
+        """What the cross-attention of all blocks looks at: once for all the steps of a video."""
+        self._check_context(text, image)
+        text = constrain(self.text_embed(text), "batch", None, None)
+        if image is not None:
+            image = constrain(self.image_embed(image), "batch", None, None)
+
+        def project(_: None, cross: CrossAttention) -> tuple[None, Context]:
+            return None, whole(cross).context(text, image)
+
+        if self.remat:  # the products are kept, so that their weights are not gathered again
+            project = jax.checkpoint(project, policy=jax.checkpoint_policies.dots_saveable)
+        return jax.lax.scan(project, None, self.blocks.cross_attn)[1]
+
+    def denoise(
+        self,
+        latents: Float[Array, "B t h w 16"],
+        timestep: Float[Array, " B"],
+        context: Context,
+        condition: Float[Array, "B t h w C3"] | None = None,
+    ) -> Float[Array, "B t h w 16"]:
+        """As a call of the model, with the context that `context` made."""
+        self._check(latents, timestep, condition)
         x = latents if condition is None else jnp.concatenate([latents, condition], axis=-1)
         grid = tuple(s // p for s, p in zip(x.shape[1:4], self.config.patch_size))
         stream = jnp.promote_types(ASKED[self.residual], self.compute)
@@ -253,22 +288,22 @@ class DiT(nnx.Module):
 
         time = self.time_embed(timestep)
         time_blocks = rearrange(self.time_projection(jax.nn.silu(time)), "B (n D) -> B n D", n=6)
-        text = self.text_embed(text)
-        image = None if image is None else self.image_embed(image)
         table = rotary_table(grid, self.config.head_size)
         rotary = tuple(fill(part, "tokens", axis=0) for part in table)
 
-        def step(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return whole(block)(x, time_blocks, text, image, rotary, count), None
+        def step(x: jax.Array, given: tuple[Block, Context]) -> tuple[jax.Array, None]:
+            block, context = given
+            return whole(block)(x, time_blocks, context, rotary, count), None
 
-        x, _ = jax.lax.scan(jax.checkpoint(step) if self.remat else step, x, self.blocks)
+        step = jax.checkpoint(step) if self.remat else step
+        x, _ = jax.lax.scan(step, x, (self.blocks, context))
         x = constrain(self.head(x, time), "batch", "tokens", None)[:, :count]
         (t, h, w), (a, b, c) = grid, self.config.patch_size
         return rearrange(
             x, "B (t h w) (a b c C) -> B (t a) (h b) (w c) C", t=t, h=h, w=w, a=a, b=b, c=c
         )
 
-    def _check(self, latents, timestep, text, image, condition):
+    def _check(self, latents, timestep, condition):
         if any(n % p for n, p in zip(latents.shape[1:4], self.config.patch_size)):
             raise UserError(
                 f"Latents of {latents.shape[1:4]} (t, h, w) do not divide into patches of "
@@ -279,16 +314,18 @@ class DiT(nnx.Module):
                 f"timestep has the shape {timestep.shape} and the batch {latents.shape[:1]}; "
                 "give one number for every example."
             )
-        if text.shape[-1] != self.config.text_dim:
-            raise UserError(
-                f"The text features are {text.shape[-1]} wide and the model takes "
-                f"{self.config.text_dim}; encode the prompt with this model's text encoder."
-            )
         channels = latents.shape[-1] + (0 if condition is None else condition.shape[-1])
         if channels != self.config.in_channels:
             raise UserError(
                 f"The model takes {self.config.in_channels} latent channels and got {channels}; "
                 "image-to-video models need `condition` (mask and first frame), others none."
+            )
+
+    def _check_context(self, text, image):
+        if text.shape[-1] != self.config.text_dim:
+            raise UserError(
+                f"The text features are {text.shape[-1]} wide and the model takes "
+                f"{self.config.text_dim}; encode the prompt with this model's text encoder."
             )
         if (image is None) != (self.config.image_dim is None):
             raise UserError(

@@ -5,6 +5,7 @@ chip as the compiler counts it and the bytes that a chip sends in a step (`tests
 the goal and the nearest peer; it fails where a goal is missed. A case takes minutes on two cores.
 """
 
+import math
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ import jax
 from jax.experimental import topologies
 
 from tests import wire
-from tests.real_size import trace_denoise_step, trace_train_step
+from tests.real_size import trace_denoise_step, trace_train_step, trace_vae
 from wanjax.sharding import make_mesh
 
 GIB, GB = 1 << 30, 10**9
@@ -59,6 +60,15 @@ CASES = [
         "LoRA step of 720p81, batch 2", "v5p:2x2x2", {"data": 2, "ulysses": 4},
         partial(trace_train_step, "720p81", batch=2), 20, 125, "17.6 GiB, 142.8 GB (prototype)",
     ),
+    *[
+        Case(f"{half} of 720p81", chips, mesh, partial(trace_vae, "720p81", half))
+        for half in ("encode", "decode")
+        for chips, mesh in (
+            ("v6e:2x4", {"data": 2, "ulysses": 4}),
+            ("v5p:2x2x1", {"data": 1}),
+            ("h100:1", {"data": 1}),
+        )
+    ],
 ]  # fmt: skip
 
 
@@ -77,7 +87,8 @@ def devices(chips: str) -> list:
 
 def compiled(case: Case) -> tuple[float, float, float]:
     """GiB at the peak, of which arguments, and GB sent."""
-    mesh = make_mesh(**case.mesh, devices=devices(case.chips))
+    chips = devices(case.chips)[: math.prod(case.mesh.values())]
+    mesh = make_mesh(**case.mesh, devices=chips)
     program = case.trace(mesh).lower().compile()
     m = program.memory_analysis()
     peak = m.argument_size_in_bytes + m.temp_size_in_bytes

@@ -1,4 +1,4 @@
-"""The true programs of I2V-14B, `train_step` and `denoise_step`, at full size, from shapes alone.
+"""The true programs of I2V-14B, its steps and its VAE, at full size, from shapes alone.
 
 Nothing is computed and no weight exists: networks are abstract, arrays are `ShapeDtypeStruct`s that
 say where they would lie. What is traced here can be read as a jaxpr, or compiled for a chip that
@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.wire import collectives
 from wanjax.models.dit import DiT, DiTConfig
+from wanjax.models.vae import VAE, VAEConfig
 from wanjax.pipeline import Rows, denoise_step, prepare_rows
 from wanjax.sharding import make_mesh, shardings, spec
 from wanjax.solvers import Coefficients, State
@@ -132,6 +133,22 @@ def trace_train_step(
             optimizer=optimizer,
             law=settings.timestep_law,
         )
+
+
+def trace_vae(size: str, half: str, mesh: Mesh | None = None) -> jax.stages.Traced:
+    """Encoding or decoding of one video (`half`: "encode", "decode")."""
+    config = VAEConfig()
+    graph, state = nnx.split(abstract_network("vae", config, jnp.bfloat16))
+    vae: VAE = nnx.merge(graph, placed(state, mesh))
+    t, h, w = GRIDS[size]
+    time, height, width = config.stride
+    shapes = {
+        "encode": (1, time * (t - 1) + 1, height * h, width * w, 3),
+        "decode": (1, t, h, w, config.z_dim),
+    }
+    given = placed(jax.ShapeDtypeStruct(shapes[half], jnp.float32), mesh)
+    with context(mesh):
+        return getattr(VAE, f"_{half}").trace(vae, given)
 
 
 def context(mesh: Mesh | None):

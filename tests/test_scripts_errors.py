@@ -119,7 +119,10 @@ ENCODE = {
     "area": (("--height", "None", "--width", "None", "--area", -4), "area=-4"),
     "data missing": (("--data", "clisp"), "no folder clisp"),
     "out exists": (("--out", "clips"), "clips exists and is no features cache; choose"),
-    "out of others": (("--out", "features"), "features was encoded with .*; restore that, or"),
+    "out of others": (
+        ("--out", "features", "--stride", 8),
+        "features was encoded with .*; restore that, or",
+    ),
     "out below a file": (("--out", "picture.png/f"), "picture.png is a file; choose another"),
     "dtype": (("--dtype", "bf16"), "'bf16' is no --dtype; did you mean 'bfloat16'"),
     "option": (("--chekpoint", "ck"), "no option '--chekpoint'; did you mean '--checkpoint'"),

@@ -7,6 +7,10 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
+# As they were given, whatever signs are in them: make reads no $ in them, and the shell no quote.
+override CLIP := $(value CLIP)
+override CAPTION := $(value CAPTION)
+export CLIP CAPTION
 VENV := .venv
 RUN := $(VENV)/bin/python
 # Of all that pip says, a line for each package as it comes.
@@ -16,6 +20,7 @@ install = $(1) -m pip install --disable-pip-version-check $(2) | sed --unbuffere
 export JAX_PLATFORMS ?= cpu
 # The exact versions that were tested.
 CONSTRAINTS := constraints.txt
+RECENT := 'import sys; sys.exit(sys.version_info < (3, 11))'
 
 # Each worker has its share of the cores; see tests/environment.py.
 WORKERS ?= 2
@@ -25,7 +30,7 @@ BY_FILE := -n $(WORKERS) --dist loadfile
 .PHONY: test-mesh test-plan plan-env lint bench clean
 
 demo: $(VENV)/.demo
-	$(RUN) -m examples.demo $(if $(CLIP),--clip "$$CLIP") $(if $(CAPTION),--caption "$$CAPTION")
+	$(RUN) -m examples.demo $${CLIP:+"--clip=$$CLIP"} $${CAPTION:+"--caption=$$CAPTION"}
 
 test: lint
 	$(RUN) -m pytest $(BY_FILE) $(PYTEST_ARGS)
@@ -99,8 +104,10 @@ bench: $(VENV)/.test
 	$(RUN) -m benchmarks.compare
 
 $(VENV)/.library: pyproject.toml $(CONSTRAINTS)
-	$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@echo "Installing what wanjax needs into $(VENV), about 250 MB"
+	@$(RUN) -c $(RECENT) 2>/dev/null && $(RUN) -m pip --version >/dev/null 2>&1 \
+		|| { $(PYTHON) -c $(RECENT) && $(PYTHON) -m venv --clear $(VENV); } \
+		|| { echo "$(PYTHON) is no Python 3.11 or newer with venv; give one by PYTHON=..."; exit 2; }
+	@echo "Installing what wanjax needs into $(VENV), about 1 GB on the disk"
 	@$(call install,$(RUN),-c $(CONSTRAINTS) -e .)
 	touch $@
 
@@ -115,7 +122,7 @@ $(VENV)/.demo: $(VENV)/.library
 	touch $@
 
 $(VENV)/.test: $(VENV)/.library
-	@echo "Installing what the tests need into $(VENV), about 300 MB"
+	@echo "Installing what the tests need into $(VENV), about 2 GB on the disk"
 	@$(call install,$(RUN),-c $(CONSTRAINTS) -e ".[test]")
 	@$(call install,$(RUN),--no-deps $(FILMS) $(PICTURES))
 	touch $@

@@ -11,6 +11,8 @@ commands, printed as it is run.
 
 import argparse
 import json
+import os
+import shlex
 import shutil
 import time
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from configs import PRESETS
-from examples.commands import ROOT, run, say
+from examples.commands import ROOT, python, run, say
 from examples.measures import batch_of, lpips, motion, pixels, sample_from, signed
 from examples.nano.films import packaged_bunny
 from examples.nano.stills import FPS, FRAMES, HEIGHT, WIDTH
@@ -64,11 +66,17 @@ def main() -> None:
     steps = SETTINGS.train.settings.steps
     parser.add_argument("--steps", type=int, default=steps, help="training steps")
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        raise UserError(f"steps={arguments.steps} is too small; use 1 or more.")
     begun = time.perf_counter()
     out, film = arguments.out.resolve(), chosen_film(arguments.clip, arguments.caption)
     cut = prepare(out, film)
     shown = max(cut, key=lambda window: motion(truth_of(window)))
-    learn(out, film, cut, shown, arguments.steps)
+    try:
+        learn(out, film, cut, shown, arguments.steps)
+    except SystemExit:
+        say("The demo stops here, and begins anew when it is run again.")
+        raise
     report = {"clip": film.clip.name, "caption": film.caption, "windows": len(cut)}
     report |= losses(out) | measure(out, spread(cut, MEASURED))
     draw(out, film, shown)
@@ -79,30 +87,58 @@ def main() -> None:
 
 def chosen_film(clip: Path | None, caption: str | None) -> Film:
     """Bunny, or the film asked for; whoever names no caption gets one that fits any film."""
+    caption = (caption or "").strip()
     if clip is None:
         return Film(packaged_bunny(), caption or BUNNY_CAPTION, BUNNY_CREDIT)
     if not caption:
         say(f'No caption was given, so the clip is called "{ANY_CAPTION}"; '
             'CAPTION="..." says what one sees.')  # fmt: skip
-    return Film(clip.resolve(), caption or ANY_CAPTION)
+    return Film(Path(os.path.abspath(clip)), caption or ANY_CAPTION)
 
 
 def prepare(out: Path, film: Film) -> list[Window]:
     """An empty folder but for a list of the one clip; the clip's windows."""
+    cut = windows_of(film)
+    try:
+        make_room(out, film.clip)
+        (out / "clips").mkdir(parents=True)
+        (out / MARKER).write_text("made by the demo, and replaced by the next\n")
+        shot = cut[0].shot
+        entry = {"file": str(film.clip), "caption": film.caption}
+        entry |= {} if shot.end is None else {"end": shot.end}
+        (out / "clips" / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be used ({error.strerror}); choose another --out."
+        ) from error
+    return cut
+
+
+def windows_of(film: Film) -> list[Window]:
+    """Every window of the clip's first seconds; says what of the clip is used."""
     info = probe(film.clip)
     end = LONGEST if info.duration > LONGEST else None
-    shot = Shot(film.clip, film.clip.stem, film.caption, end=end)
-    cut = windows([shot], FRAMES, FPS, SETTINGS.encode.stride)
-    if out.exists():
-        if not (out / MARKER).exists() or out in film.clip.parents:
-            raise UserError(f"{out} is not an earlier demo's to replace; choose another --out.")
-        shutil.rmtree(out)
-    (out / "clips").mkdir(parents=True)
-    (out / MARKER).write_text("made by the demo, and replaced by the next\n")
-    entry = {"file": str(film.clip), "caption": film.caption} | ({"end": end} if end else {})
-    (out / "clips" / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
+    if info.count(FPS, 0, end) < FRAMES:
+        raise UserError(
+            f"{film.clip} lasts {info.duration:.1f} s, and the demo learns stretches of "
+            f"{FRAMES / FPS:.1f} s; give it a longer clip."
+        )
     say(described(film, info))
-    return cut
+    shot = Shot(film.clip, film.clip.stem, film.caption, end=end)
+    return windows([shot], FRAMES, FPS, SETTINGS.encode.stride)
+
+
+def make_room(out: Path, clip: Path) -> None:
+    """Remove what an earlier demo left in `out`; refuse what is not a demo's, or holds the clip."""
+    if out in clip.parents or out in clip.resolve().parents:
+        raise UserError(f"{clip} lies in {out}, which the demo replaces; move the clip elsewhere.")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / MARKER).exists():
+        raise UserError(f"{out} is not an earlier demo's to replace; choose another --out.")
+    aside = out.with_name(f"{out.name}.old-{os.getpid()}")
+    out.rename(aside)  # at once, so that a kill leaves no half of a demo
+    shutil.rmtree(aside)
 
 
 def described(film: Film, info: VideoInfo) -> str:
@@ -133,7 +169,7 @@ def learn(out: Path, film: Film, cut: list[Window], shown: Window, steps: int) -
     run("encode.py", "nano", "--data", out / "clips", *nano, "--out", out / "features", *SIZE)
     train = ("--features", out / "features", *nano, "--run", out / "run", "--steps", steps)
     batch = min(SETTINGS.train.settings.batch, len(cut))
-    sample = (*nano, "--image", out / "first_frame.png", "--prompt", film.caption, *SIZE)
+    sample = (*nano, "--image", out / "first_frame.png", f"--prompt={film.caption}", *SIZE)
     run("sample.py", "nano", *sample, "--out", out / "before.mp4")
     run("train.py", "nano", *train, "--batch", batch)
     run("sample.py", "nano", *sample, "--lora", out / "run", "--out", out / "after.mp4")
@@ -194,14 +230,27 @@ def draw(out: Path, film: Film, shown: Window) -> None:
     moving_sheet(out / "before_after.webp", rows, fps=FPS, credit=film.credit)
 
 
+def quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
 def conclude(out: Path, film: Film, report: dict) -> None:
     """Say what came out; fail if nano did not learn Bunny, which it is known to."""
     gain = 1 - report["lpips_after"] / report["lpips_before"]
+    count = report["windows"]
+    stretches = "1 stretch" if count == 1 else f"{count} overlapping stretches"
+    seen = " It had never seen this shot." if film.credit else ""
+    result = (
+        "An adapter learnt it; the model itself did not change."
+        if gain >= 0.1
+        else "The adapter did not bring its videos nearer to the film; did it train long enough?"
+    )
+    own = f"{python()} sample.py nano --checkpoint {quoted(out / 'nano')} --lora "
+    own += f"{quoted(out / 'run')} --height {HEIGHT} --width {WIDTH} --image my.png"
     say(
         f"Done in {report['seconds']} s.\n\n"
-        f"nano, a small image-to-video model, was shown {report['windows']} overlapping stretches "
-        f"of two seconds of {report['clip']}.\nIt had never seen this shot. An adapter learnt it; "
-        "the model itself did not change.\n\n"
+        f"nano, a small image-to-video model, was shown {stretches} of two seconds of "
+        f"{report['clip']}.{seen}\n{result}\n\n"
         "How far from the film its videos are, given one frame and the caption "
         "(LPIPS, 0: the same picture):\n"
         f"  before     {report['lpips_before']:.3f}\n"
@@ -213,17 +262,14 @@ def conclude(out: Path, film: Film, report: dict) -> None:
         f"{report['loss_last_tenth']:.2f}.\n\n"
         f"Look at, in {out}:\n"
         "  contact_sheet.png      the film, the VAE alone, before, after\n"
-        "  before_after.webp      the same in motion (any browser shows it)\n"
+        "  before_after.webp      the film, before and after in motion (any browser shows it)\n"
         "  before.mp4, after.mp4  the two videos\n"
         "  adapter.safetensors    what was learnt, as ComfyUI and diffusers load it\n\n"
         "Go on:\n"
         '  a clip of yours        make demo CLIP=my.mp4 CAPTION="what one sees"\n'
-        "  a picture of yours     .venv/bin/python sample.py nano "
-        f"--checkpoint {out / 'nano'} --lora {out / 'run'} "
-        f"--height {HEIGHT} --width {WIDTH} --image my.png --prompt \"...\" --out my.mp4\n"
-        "  the 14B model          README.md, \"The real thing\"\n\n"
-        + film.credit
-    )  # fmt: skip
+        f'  a picture of yours     {own} --prompt "..." --out my.mp4\n'
+        '  the 14B model          README.md, "The real thing"\n\n' + film.credit
+    )
     if film.credit and gain < 0.4:
         raise UserError(
             f"LPIPS fell by {gain:.0%} and falls by more than 40 % where all is well; "

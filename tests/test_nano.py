@@ -1,6 +1,8 @@
 """`assets/nano`, the model that ships: its files, what it makes of a film, and the demo's parts."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,7 @@ def write_clip(path: Path, frames: int = 60, height: int = 48, width: int = 80) 
 def test_a_strangers_film_is_not_called_a_rabbit(tmp_path):
     clip = write_clip(tmp_path / "mine.mp4")
     assert demo.chosen_film(clip, None).caption == demo.ANY_CAPTION
+    assert demo.chosen_film(clip, "  ").caption == demo.ANY_CAPTION
     assert demo.chosen_film(clip, "a ramp").caption == "a ramp"
     assert not demo.chosen_film(clip, None).credit
     assert "rabbit" in demo.chosen_film(None, None).caption
@@ -117,12 +120,24 @@ def test_the_demo_replaces_its_own_folder_only(tmp_path):
     demo.prepare(tmp_path / "demo", film)
     assert not (tmp_path / "demo" / "old").exists()
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").touch()
     with pytest.raises(UserError, match="choose another --out"):
         demo.prepare(tmp_path / "other", film)
-    inside = write_clip(tmp_path / "demo" / "mine.mp4")
-    with pytest.raises(UserError, match="choose another --out"):
-        demo.prepare(tmp_path / "demo", demo.chosen_film(inside, "a ramp"))
-    assert inside.exists()
+    assert (tmp_path / "other" / "mine.txt").exists()
+    (tmp_path / "empty").mkdir()
+    demo.prepare(tmp_path / "empty", film)
+    inside = tmp_path / "demo" / "mine.mp4"
+    inside.symlink_to(film.clip)
+    for clip in (
+        inside,
+        tmp_path / "other/../demo/mine.mp4",
+        write_clip(inside.with_name("b.mp4")),
+    ):
+        with pytest.raises(UserError, match="move the clip elsewhere"):
+            demo.prepare(tmp_path / "demo", demo.chosen_film(clip, "a ramp"))
+    assert inside.exists() and not list(tmp_path.glob("*.old-*"))
+    with pytest.raises(UserError, match="cannot be used .*; choose another --out"):
+        demo.prepare(film.clip / "below", film)
 
 
 def test_a_clip_too_short_is_refused_before_anything_is_replaced(tmp_path):
@@ -130,6 +145,36 @@ def test_a_clip_too_short_is_refused_before_anything_is_replaced(tmp_path):
     demo.prepare(tmp_path / "demo", film)
     short = demo.chosen_film(write_clip(tmp_path / "short.mp4", frames=20), "a ramp")
     before = sorted((tmp_path / "demo").rglob("*"))
-    with pytest.raises(UserError, match="a longer clip"):
+    with pytest.raises(UserError, match=r"lasts 1\.2 s.*give it a longer clip"):
         demo.prepare(tmp_path / "demo", short)
     assert sorted((tmp_path / "demo").rglob("*")) == before
+
+
+CAPTIONS = [
+    'it\'s "fine" $HOME `date`',
+    "x $(shell touch pwned) y",
+    "a $(b",
+    "$5",
+    "-a dog",
+    "電影 # %=\\",
+]
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+@pytest.mark.parametrize("way", ["argument", "environment"])
+def test_make_hands_a_caption_on_as_it_is(tmp_path, caption, way):
+    """Neither make nor the shell reads anything in it."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin/python"
+    python.write_text('#!/bin/sh\nprintf "%s\\0" "$@" > "$0.said"\n')
+    python.chmod(0o755)
+    for ready in (".library", ".demo"):
+        (tmp_path / ready).touch()
+        os.utime(tmp_path / ready, (2**32, 2**32))
+    given = [f"CAPTION={caption}"] if way == "argument" else []
+    environment = os.environ | ({"CAPTION": caption} if way == "environment" else {})
+    words = ["make", "-C", str(demo.ROOT), "demo", f"VENV={tmp_path}", *given]
+    subprocess.run(words, env=environment, check=True, capture_output=True)
+    said = Path(f"{python}.said").read_text().split("\0")
+    assert said == ["-m", "examples.demo", f"--caption={caption}", ""]
+    assert not (demo.ROOT / "pwned").exists()

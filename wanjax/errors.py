@@ -1,6 +1,7 @@
 """Errors that a person is meant to read: one sentence with the fact and the remedy, exit code 2."""
 
 import difflib
+import os
 import signal
 import sys
 import warnings
@@ -39,7 +40,17 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+    except _Terminated as stop:
+        # All is cleaned up. Python's own way out would now wait for, or crash in, the threads of a
+        # compilation that was interrupted.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stop.code)
+
+
+class _Terminated(SystemExit):
+    """SIGTERM came."""
 
 
 def _terminate(*_: object) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
+    raise _Terminated(128 + signal.SIGTERM)

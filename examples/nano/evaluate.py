@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("--splits", default="validation,test")
     parser.add_argument("--most", type=int, default=1000, help="shots at most")
     arguments = parser.parse_args()
+    if arguments.most < 1:
+        raise UserError(f"most={arguments.most} leaves no shot; use 1 or more.")
     cut = held_out(arguments.films, arguments.splits.split(","))[: arguments.most]
     trained = Model("trained", Pipeline.load(arguments.checkpoint, dtype="float32"))
     (arguments.out / "videos").mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.commands import run
+from examples.commands import python, run
 from examples.nano.stills import FPS, FRAMES, HEIGHT, WIDTH
 from wanjax.errors import UserError, run_script
 from wanjax.models.dit import DiT
@@ -74,7 +74,7 @@ def require_packages() -> None:
         reasons = ", ".join(f"{name} ({PACKAGES[name]})" for name in missing)
         raise UserError(
             f"The films and the VAE's training need {reasons}; "
-            f"run `pip install --no-deps {' '.join(missing)}`."
+            f"run `{python()} -m pip install --no-deps {' '.join(missing)}`."
         )
 
 

@@ -30,7 +30,7 @@ from wanjax.data.loader import collate
 from wanjax.errors import UserError, run_script
 from wanjax.eval.bootstrap import bootstrap_mean
 from wanjax.eval.lpips import LPIPS
-from wanjax.outputs import whole_folder
+from wanjax.outputs import whole_file
 from wanjax.pipeline import Pipeline
 from wanjax.progress import progress_bar
 
@@ -84,6 +84,8 @@ def write_data(tears: Path, films: Path, out: Path) -> None:
 def control_shots(films: Path, wanted: int) -> list[dict]:
     """Training shots of the base's own domain that give `wanted` windows or a few more: Bunny's,
     and then camera moves and moving shapes as they come."""
+    if not (films / "metadata.jsonl").is_file():
+        raise UserError(f"{films} holds no films of examples.nano.films; make them first.")
     listed = [json.loads(line) for line in (films / "metadata.jsonl").read_text().splitlines()]
     listed = [s | {"file": str(films / s["file"])} for s in listed if s["split"] == "train"]
     bunny = [shot for shot in listed if "start" in shot]
@@ -99,10 +101,8 @@ def _windows_of(shot: Mapping) -> int:
 
 
 def _write_listing(folder: Path, shots: list[dict]) -> None:
-    if not folder.exists():
-        with whole_folder(folder) as partial:
-            lines = "".join(json.dumps(shot) + "\n" for shot in shots)
-            (partial / "metadata.jsonl").write_text(lines)
+    with whole_file(folder / "metadata.jsonl", replace=True) as partial:
+        partial.write_text("".join(json.dumps(shot) + "\n" for shot in shots))
 
 
 def _cut(folder: Path) -> list[Window]:

@@ -195,9 +195,11 @@ def _grey(values: np.ndarray, path: Path) -> UInt8[np.ndarray, "H W 3"]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    if not path.is_file():
-        raise UserError(f"There is no video {path}; check the name.")
     try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder and not a video; name a file in it.")
+        if not path.is_file():
+            raise UserError(f"There is no video {path}; check the name.")
         # Absolute, lest FFmpeg takes what stands before a colon for a protocol.
         with av.open(str(path.absolute())) as container:
             cover = av.stream.Disposition.attached_pic
@@ -212,6 +214,8 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
                 )
             streams[0].thread_type = "AUTO"
             yield container, streams[0]
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read; change its permissions.") from error
     except av.FFmpegError as error:
         raise _unreadable(path, error.strerror) from error
 

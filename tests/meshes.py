@@ -81,7 +81,7 @@ def moved(first: Sizes, second: Sizes) -> dict:
 def video(world: Path, sizes: Sizes) -> dict:
     """A whole video, from picture and prompt, on a mesh and on one device."""
     from wanjax import Pipeline
-    from wanjax.pipeline import denoise_step
+    from wanjax.denoising import denoise_step
     from wanjax.sharding import make_mesh
 
     given = {"image": world / "picture.png", "prompt": "rain", "frames": 9, "steps": 2}
@@ -153,7 +153,9 @@ def random_trainer(sizes: Sizes | None):
     from wanjax.sharding import make_mesh, shardings
     from wanjax.training import TrainConfig, Trainer
 
-    config = TrainConfig(rank=2, targets="all", dtype="float32", learning_rate=1e-2, warmup=1)
+    config = TrainConfig(
+        rank=2, targets="all", dtype="float32", learning_rate=1e-2, warmup=1, batch=8
+    )
     mesh = None if sizes is None else make_mesh(**sizes)
     graph, state = nnx.split(toy_dit(dim=64, num_heads=8, num_layers=4))
     rng = np.random.default_rng(0)
@@ -174,15 +176,14 @@ def sample(trainer):
     import numpy as np
 
     from tests.toy import toy_batch
-    from wanjax.pipeline import denoise_step, prepare_rows
+    from wanjax.denoising import denoise_step, prepare_rows
     from wanjax.solvers import initial_state, make_schedule
 
     first, second = toy_batch(batch=1, seed=1), toy_batch(batch=1, seed=2)
     schedule = make_schedule("unipc", 2, 5.0)
     state = initial_state(jax.numpy.asarray(first.latents))
-    if trainer.mesh is not None:
-        everywhere = jax.sharding.NamedSharding(trainer.mesh, jax.sharding.PartitionSpec())
-        state = jax.device_put(state, everywhere)
+    everywhere = jax.sharding.NamedSharding(trainer.mesh, jax.sharding.PartitionSpec())
+    state = jax.device_put(state, everywhere)
     dit = trainer.model()
     with trainer.on_mesh():
         rows = prepare_rows(dit, (first.condition, second.condition))

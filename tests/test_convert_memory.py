@@ -30,6 +30,8 @@ from wanjax.models.dit import DiTConfig
 from wanjax.models.umt5 import UMT5Config
 from wanjax.tensor_files import SafetensorsWriter
 
+pytestmark = pytest.mark.compiles  # it starts processes, of which it watches the memory
+
 MB = 1_000_000
 LARGE = "WANJAX_LARGE" in os.environ
 DIT = DiTConfig(dim=1536, ffn_dim=8960, num_layers=36 if LARGE else 4, num_heads=12)

@@ -12,6 +12,7 @@ from wanjax import lora
 from wanjax.checkpoint import load_lora, save_lora
 from wanjax.errors import UserError
 from wanjax.tensor_files import SafetensorsWriter, read_safetensors
+from wanjax.training import TrainConfig, Trainer
 
 pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("quickly")]
 
@@ -76,6 +77,24 @@ def test_merged_weights_equal_the_side_path():
     lora.merge(model)
     assert all(layer.lora is None for _, layer in lora.linears(model))
     np.testing.assert_allclose(model(*given), beside, rtol=2e-5, atol=2e-5)
+
+
+def test_an_attached_adapter_acts_by_alpha_over_rank():
+    """Beside kernels into which its product was put by hand; alpha 6 at rank 3 doubles it."""
+    model, by_hand = randomised_adapters(adapted("qv", rank=3, alpha=6.0)), toy_dit()
+    layers = dict(lora.linears(by_hand))
+    for role, layer in lora.linears(model):
+        if layer.lora is not None:
+            kernel, change = layers[role].kernel, layer.lora.down[...] @ layer.lora.up[...]
+            kernel[...] = kernel[...] + 2 * change
+    given = dit_inputs()
+    np.testing.assert_allclose(model(*given), by_hand(*given), rtol=2e-5, atol=2e-5)
+
+
+def test_training_attaches_the_alpha_that_was_asked_for():
+    settings = TrainConfig(rank=3, alpha=7.5, targets="qv", dtype="float32")
+    layers = [layer for _, layer in lora.linears(Trainer(toy_dit(), settings).model())]
+    assert {layer.lora.scale for layer in layers if layer.lora is not None} == {2.5}
 
 
 def test_split_separates_adapters_from_the_base():

@@ -41,7 +41,6 @@ def test_published_distances():
 
 
 @weights
-@pytest.mark.usefixtures("quickly")
 def test_equal_pictures_and_their_gradient(judge):
     x = jax.random.uniform(jax.random.key(0), (2, 48, 64, 3), minval=-1)
     assert jnp.abs(judge(x, x)).max() == 0
@@ -50,7 +49,6 @@ def test_equal_pictures_and_their_gradient(judge):
 
 
 @weights
-@pytest.mark.usefixtures("quickly")
 def test_it_is_symmetric_and_of_each_pair_alone(judge):
     x, y = (jax.random.uniform(jax.random.key(i), (3, 48, 64, 3), minval=-1) for i in (0, 1))
     together = judge(x, y)

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.scripts import write_checkpoint
 from wanjax import Pipeline, residency
@@ -23,7 +24,7 @@ REQUEST = {"image": PICTURE, "frames": 5, "height": 32, "width": 48}
 REQUEST |= {"steps": 1, "guidance": 1.0}
 
 
-class Fake:
+class Fake(nnx.Module):
     """A network that is only a name."""
 
 

@@ -36,7 +36,7 @@ class Prepared:
 
     video: Float[np.ndarray, "T H W 3"]
     mask: Float[np.ndarray, "t h w 4"]
-    clip: Float[np.ndarray, "P 224 224 3"]
+    clip: Float[np.ndarray, "P _ _ 3"]
 
 
 def size_for(picture_height: int, picture_width: int, area: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from wanjax.precision import TABLE, Kind, Precision, matmul_precision, precision_of
 
@@ -25,8 +25,10 @@ def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> 
     return jax.random.uniform(key, shape, jnp.float32, -limit, limit).astype(dtype)
 
 
-def product(x: Float[Array, "... C"], kernel: Float[Array, "C C2"], precision: Precision) -> Array:
-    """`x @ kernel`, computed and returned in the compute type."""
+def product(
+    x: Float[Array, "... C"], kernel: Shaped[Array, "C C2"], precision: Precision
+) -> Float[Array, "... C2"]:
+    """`x @ kernel`, computed and returned in the compute type, whatever the kernel is stored in."""
     x, kernel = x.astype(precision.compute), kernel.astype(precision.compute)
     return jnp.matmul(x, kernel, precision=matmul_precision(x.dtype))
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from configs import EncodeJob, command_line
+from configs import EncodeJob, command_line, parse_mesh
 from wanjax.conditioning import check_size, image_tokens, picture_condition, prepare, size_for
 from wanjax.data.clips import Window, read_dataset, summary, windows
 from wanjax.data.features import FeatureSpec, FeatureWriter
@@ -35,7 +35,7 @@ def main() -> None:
             f"{job.fps:g} fps; use fewer --frames, or longer clips."
         )
     height, width = choose_size(job, cut)
-    pipeline = Pipeline(job.checkpoint, dtype=parse_dtype(job.dtype))
+    pipeline = Pipeline(job.checkpoint, dtype=parse_dtype(job.dtype), mesh=parse_mesh(job.mesh))
     pipeline.require("dit", "vae", "text_encoder")
     if pipeline.configs["dit"].image_dim is not None:
         pipeline.require("image_encoder")
@@ -46,7 +46,10 @@ def main() -> None:
     sys.stderr.write(f"{summary(shots, cut)}; {width}x{height}, {len(todo)} to encode\n")
     texts = encode_captions(pipeline, todo)
     pipeline.residents.enter("picture")
-    with progress_bar("Encoding", len(cut), done=len(cut) - len(todo)) as bar:
+    with (
+        pipeline.on_mesh(),
+        progress_bar("Encoding", len(cut), done=len(cut) - len(todo)) as bar,
+    ):
         for window in todo:
             arrays = encode_window(pipeline, job, window, height, width)
             caption = window.shot.caption

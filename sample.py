@@ -66,6 +66,8 @@ def main() -> None:
         mesh=parse_mesh(job.mesh),
         residency=job.residency,
     )
+    for video in videos:
+        pipeline.check_guidance(video.guidance)
     make(pipeline, videos)
 
 

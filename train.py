@@ -24,6 +24,7 @@ from wanjax.metrics import MetricsLog
 from wanjax.outputs import require_writable, whole_file
 from wanjax.precision import parse_dtype
 from wanjax.progress import progress_bar
+from wanjax.sharding import check_heads
 from wanjax.training import TrainConfig, Trainer, check_config, free_to_change, stop_signals
 from wanjax.types import Batch
 from wanjax.weights import fingerprint, load_network, read_config, replace_network
@@ -35,6 +36,8 @@ def main() -> None:
     check_config(job.settings, mesh)
     features = Features.open(job.features)
     check_belongs(features, job)
+    if mesh is not None:
+        check_heads(read_config(job.checkpoint)["dit"].num_heads, mesh.shape["ulysses"])
     if job.settings.validate_every:
         features.source("validation")  # or a sentence, now and not at the first validation
     settings = describe(preset, job, features)

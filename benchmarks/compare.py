@@ -23,9 +23,9 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from peft import LoraConfig
 
+from wanjax.denoising import denoise_step, prepare_rows
 from wanjax.models.dit import DiTConfig
 from wanjax.models.vae import VAEConfig
-from wanjax.pipeline import denoise_step, prepare_rows
 from wanjax.solvers import initial_state, make_schedule
 from wanjax.training import TrainConfig, Trainer
 from wanjax.types import Batch, Condition

@@ -41,6 +41,8 @@ class EncodeJob:
     """Leave out shots that are shorter than one window; otherwise they are an error."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of umT5 and of the cached features; CLIP and the VAE run in fp32."""
+    mesh: str | None = None
+    """Devices, such as data=2,ulysses=4; none means one device."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ ROWS = [
     ["causal"],
     ["models"],
     ["lora", "flow", "solvers", "text"],
-    ["conditioning", "weights", "checkpoint", "metrics", "prompt_cache", "latents", "data", "eval"],
+    ["denoising", "conditioning", "weights", "checkpoint", "metrics", "prompt_cache", "latents"]
+    + ["data", "eval"],
     ["pictures"],
     ["pipeline", "training"],
 ]

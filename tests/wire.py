@@ -78,7 +78,7 @@ def _arrays(result: str, opcode: str) -> list[tuple[tuple[int, ...], int]]:
     ]
     if opcode == "collective-permute-start":
         return arrays[:1]
-    if opcode == "all-gather-start":
+    if opcode in ("all-gather-start", "all-to-all-start", "reduce-scatter-start"):
         return arrays[len(arrays) // 2 :]
     return arrays
 

@@ -8,26 +8,24 @@ prompt and the tokens of every picture are kept. The denoise step is compiled on
 import hashlib
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from wanjax import lora as lora_module
 from wanjax.checkpoint import load_lora
 from wanjax.conditioning import check_size, encode_text, image_tokens, picture_condition, prepare
+from wanjax.denoising import denoise_step, prepare_rows
 from wanjax.errors import UserError
 from wanjax.models.clip import CLIPVision
-from wanjax.models.dit import Context, DiT
+from wanjax.models.dit import DiT
 from wanjax.models.umt5 import UMT5
 from wanjax.models.vae import VAE
 from wanjax.pictures import ImageLike, check_pictures, choose_size, read_picture
@@ -35,8 +33,8 @@ from wanjax.precision import parse_dtype
 from wanjax.progress import progress_bar
 from wanjax.prompt_cache import PromptCache
 from wanjax.residency import Residency, Residents
-from wanjax.sharding import check_rows, constrain, constrain_state
-from wanjax.solvers import Coefficients, State, initial_noise, initial_state, make_schedule, step
+from wanjax.sharding import check_heads, check_rows, one_device
+from wanjax.solvers import initial_noise, initial_state, make_schedule
 from wanjax.text import Tokenizer, check_vocabulary, default_negative
 from wanjax.types import Condition, PathLike, Tokens
 from wanjax.weights import abstract_network, device_bytes, fingerprint, load_network, read_config
@@ -76,12 +74,15 @@ class Pipeline:
     ):
         self.folder = Path(folder)
         self.configs = read_config(folder)
-        self.dtype, self.loras, self.mesh = dtype, tuple(loras), mesh
+        self.dtype, self.loras = dtype, tuple(loras)
+        self.mesh = one_device() if mesh is None else mesh
         self.residual = parse_dtype(residual).name
         size = lambda name: device_bytes(name, self.configs[name], dtype, mesh)  # noqa: E731
         self.residents = Residents(self.configs, self._load, size, residency)
         self._prompts: dict[str, np.ndarray] = {}
         self._pictures: dict[str, np.ndarray] = {}
+        if "dit" in self.configs:
+            check_heads(self.configs["dit"].num_heads, self.mesh.shape["ulysses"])
         if self.loras:
             # Refuse adapters of another model now, not after minutes of loading.
             self._require("dit")
@@ -216,7 +217,7 @@ class Pipeline:
             )
             tokens = self.encode_pictures(prepared.clip)
             self.residents.enter("picture")
-            with self._on_mesh():
+            with self.on_mesh():
                 latents = picture_condition(self.vae, prepared)
         conditions = (Condition(text[None], tokens, latents) for text in (positive, negative))
         return Conditioned(*jax.device_get(tuple(conditions)), height, width, frames)
@@ -233,7 +234,7 @@ class Pipeline:
                 features = cache.get(ids)
                 if features is None:
                     self.residents.enter("text")
-                    with self._on_mesh():
+                    with self.on_mesh():
                         features = encode_text(self.text_encoder, Tokens(ids[None], mask[None]))[0]
                     cache.put(ids, features)
                 self._prompts[prompt] = features
@@ -245,7 +246,7 @@ class Pipeline:
         key = hashlib.sha256(pictures.tobytes()).hexdigest()
         if key not in self._pictures:
             self.residents.enter("picture")
-            with self._on_mesh():
+            with self.on_mesh():
                 self._pictures[key] = np.asarray(image_tokens(self.image_encoder, pictures))
         return self._pictures[key]
 
@@ -297,18 +298,14 @@ class Pipeline:
         seed: int = 0,
     ) -> Float[np.ndarray, "t h w C"]:
         """The latents of a video, on the host, fp32; the arguments are those of `sample`."""
-        if not math.isfinite(guidance):
-            raise UserError(f"guidance={guidance} is not a scale; use 5, or 1 for no guidance.")
         schedule = make_schedule(solver, steps, shift, sigmas)
         # Committed to their places, as a step's results are: else the second step compiles again.
-        guided = guidance != 1
-        branches = "A guided video" if guided else "A video without guidance"
-        check_rows(1 + guided, self.mesh, branches)
+        guided = self.check_guidance(guidance)
         noise = initial_noise(self.latents_shape(conditioned), noise, seed)
         conditions = (conditioned.positive, conditioned.negative)[: 1 + guided]
         state, conditions = jax.device_put((initial_state(noise), conditions), self._everywhere())
         self.residents.enter("denoise")
-        with self._on_mesh(), progress_bar("Denoising", len(schedule)) as bar:
+        with self.on_mesh(), progress_bar("Denoising", len(schedule)) as bar:
             given = prepare_rows(self.dit, conditions)
             for i, timestep in enumerate(schedule.timesteps):
                 state = denoise_step(
@@ -327,7 +324,7 @@ class Pipeline:
     def decode(self, latents: Float[np.ndarray, "t h w C"]) -> Float[np.ndarray, "T H W 3"]:
         """The video of latents, in [0, 1]."""
         self.residents.enter("decode")
-        with self._on_mesh():
+        with self.on_mesh():
             video = self.vae.decode(jax.device_put(latents[None], self._everywhere()))
         return np.clip(np.asarray(video[0], np.float32) * 0.5 + 0.5, 0, 1)
 
@@ -341,13 +338,21 @@ class Pipeline:
             self.configs["dit"].out_channels,
         )
 
-    def _on_mesh(self):
-        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+    def check_guidance(self, guidance: float) -> bool:
+        """Whether both branches run; refuses what is no scale, and a mesh with more `data`."""
+        if not math.isfinite(guidance):
+            raise UserError(f"guidance={guidance} is not a scale; use 5, or 1 for no guidance.")
+        guided = guidance != 1
+        what = "A guided video" if guided else "A video without guidance"
+        check_rows(1 + guided, self.mesh, what)
+        return guided
+
+    def on_mesh(self):
+        """The context in which programs are for this pipeline's devices."""
+        return jax.set_mesh(self.mesh)
 
     def _everywhere(self) -> jax.sharding.Sharding:
-        """Where what is not a weight lies: whole on every device of the mesh, or on the one."""
-        if self.mesh is None:
-            return SingleDeviceSharding(jax.local_devices()[0])
+        """Where what is not a weight lies: whole on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def _require(self, name: str) -> str:
@@ -368,42 +373,3 @@ class Pipeline:
         if name == "dit" and self.loras:
             lora_module.apply(network, self.loras)
         return network
-
-
-class Rows(NamedTuple):
-    """What the denoiser is told in every step, for both branches of guidance as one batch."""
-
-    context: Context
-    condition: Float[Array, "B t h w C3"] | None
-
-
-@jax.jit
-def prepare_rows(dit: DiT, conditions: tuple[Condition, ...]) -> Rows:
-    """What does not change from step to step, computed once; the prompt's branch comes first."""
-    c = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
-    context = jax.tree.map(
-        lambda x: constrain(x, None, "batch", None, None, None), dit.context(c.text, c.image)
-    )
-    return Rows(context, c.latents)
-
-
-@partial(jax.jit, static_argnames="guided", donate_argnames="state")
-def denoise_step(
-    dit: DiT,
-    state: State,
-    timestep: Float[Array, ""],
-    coefficients: Coefficients,
-    rows: Rows,
-    guidance: Float[Array, ""],
-    *,
-    guided: bool,
-) -> State:
-    """One solver step under classifier-free guidance, `v = v_n + g * (v_p - v_n)`; both branches
-    run as one batch. Not `guided` means g = 1: only the prompt's branch runs."""
-    copies = 1 + guided
-    x = jnp.concatenate([state.x] * copies)
-    velocity = dit.denoise(x, jnp.full(copies, timestep), rows.context, rows.condition)
-    if guided:
-        towards, away = velocity[:1], velocity[1:]
-        velocity = away + guidance * (towards - away)
-    return constrain_state(step(state, velocity, coefficients))

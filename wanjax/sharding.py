@@ -51,6 +51,11 @@ def make_mesh(
     return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices[:wanted])
 
 
+def one_device() -> Mesh:
+    """The mesh of the first local device: under a mesh a program knows for which chip it is."""
+    return make_mesh(devices=jax.local_devices()[:1])
+
+
 def check_heads(heads: int, ulysses: int) -> None:
     """Refuse a degree of Ulysses that does not divide the heads, naming the nearest that does."""
     if heads % ulysses:

@@ -8,7 +8,7 @@ never stopped, bit for bit.
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -29,7 +29,7 @@ from wanjax.checkpoint import Checkpoints
 from wanjax.errors import UserError
 from wanjax.flow import flow_loss, losses_at
 from wanjax.models.dit import DiT
-from wanjax.sharding import check_rows, constrain_state, shardings, spec
+from wanjax.sharding import check_rows, constrain_state, one_device, shardings, spec
 from wanjax.types import Batch
 
 
@@ -117,6 +117,7 @@ def check_config(config: TrainConfig, mesh: Mesh | None = None) -> None:
         )
     if config.optimizer == "muon" and mesh is not None and mesh.size > 1:
         raise UserError("optimizer=muon runs on one device; leave the mesh out, or use adamw.")
+    check_rows(config.batch, mesh, "A batch")
 
 
 class TrainState(NamedTuple):
@@ -168,18 +169,14 @@ def prepare_model(model: DiT, config: TrainConfig) -> tuple[nnx.GraphDef, nnx.St
 
 
 def initial_train_state(
-    trained: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh | None
+    trained: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Step 0; moments lie where their parameters lie.
 
     Every array is committed to its place, as a step's results are: else step 2 compiles again.
     """
-    if mesh is not None:
-        trained = jax.device_put(trained, shardings(trained, mesh))
-        rest = NamedSharding(mesh, PartitionSpec())
-    else:
-        rest = SingleDeviceSharding(jax.local_devices()[0])
-        trained = jax.device_put(trained, rest)
+    trained = jax.device_put(trained, shardings(trained, mesh))
+    rest = NamedSharding(mesh, PartitionSpec())
     state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
     return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, rest), state)
 
@@ -243,10 +240,8 @@ def _examples(batch: Batch) -> list[Batch]:
     return [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(batch.latents))]
 
 
-def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
     """A host batch on the devices, its examples spread over the mesh's `data` axis."""
-    if mesh is None:
-        return jax.device_put(batch)
     check_rows(batch.latents.shape[0], mesh, "A batch")
 
     def place(x: np.ndarray) -> jax.Array:
@@ -261,10 +256,11 @@ class Trainer:
 
     def __init__(self, model: DiT, config: TrainConfig, mesh: Mesh | None = None):
         check_config(config, mesh)
-        self.config, self.mesh = config, mesh
+        self.config = config
+        self.mesh = one_device() if mesh is None else mesh
         self.graph, trained, self.frozen = prepare_model(model, config)
         self.optimizer = make_optimizer(config)
-        self.state = initial_train_state(trained, self.optimizer, mesh)
+        self.state = initial_train_state(trained, self.optimizer, self.mesh)
         self._key = jax.random.key(config.seed)
 
     @property
@@ -290,7 +286,7 @@ class Trainer:
         """Mean loss over windows at fixed times and noises; comparable from step to step, and the
         same on every mesh."""
         losses: list[float] = []
-        rows = 1 if self.mesh is None else self.mesh.shape["data"]
+        rows = self.mesh.shape["data"]
         with self.on_mesh():
             for batch, real in in_rows(batches, rows):
                 windows = np.arange(len(losses), len(losses) + rows, dtype=np.int32)
@@ -315,7 +311,7 @@ class Trainer:
         return loader
 
     def on_mesh(self):
-        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        return jax.set_mesh(self.mesh)
 
 
 @contextmanager

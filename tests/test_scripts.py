@@ -16,6 +16,7 @@ from convert.lora import convert_lora
 from tests.scripts import READS_PROGRAMS, SIZE, call, compiled_quickly, run, start, stop_when
 from wanjax.data.features import Features
 from wanjax.data.video import probe, read_video
+from wanjax.latents import latents_path
 from wanjax.pipeline import Pipeline
 
 pytestmark = pytest.mark.compiles
@@ -95,7 +96,8 @@ def test_jobs_are_resumed_and_the_denoiser_is_compiled_once(world, trained, tmp_
 
     endless = jobs({"out": str(second), "steps": 100_000})
     process = start(*words, endless, cwd=world)
-    said = stop_when(first.exists, process, signal.SIGINT, 130)
+    done = lambda: first.exists() and not latents_path(first).exists()  # noqa: E731
+    said = stop_when(done, process, signal.SIGINT, 130)
     assert said.endswith("interrupted\n")
     assert {p.name for p in tmp_path.iterdir()} == {"a.mp4", "jobs.jsonl"}
     written, content = first.stat().st_mtime_ns, first.read_bytes()

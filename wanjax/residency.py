@@ -2,7 +2,7 @@
 
 A phase names the networks that it needs. Networks stay once they are loaded, unless their weights
 and those of the phase that begins would take more than half of the device: the other half is for
-the work (decoding 720p81 takes 35 GB). Then those that the phase does not need leave, the largest
+the work (decoding 720p81 takes 22 GB). Then those that the phase does not need leave, the largest
 first, until the rest fits; they wait in the host's memory, or are read again where that is too
 small. Where the platform does not tell its memory (a CPU), all stay.
 """

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from configs import SampleJob, command_line, parse_mesh
-from convert.lora import read_any_lora
+from convert.lora import open_lora
 from wanjax.conditioning import check_size
 from wanjax.data.video import read_image, write_video
 from wanjax.errors import UserError, nearest, run_script
@@ -111,7 +111,7 @@ def describe_model(pipeline: Pipeline) -> dict[str, Any]:
 def content(role: str, lora: LoRA) -> Iterator[bytes]:
     """All that one layer's adapter is."""
     adapter = lora.layers[role]
-    yield f"{role} {adapter.down.shape} {adapter.alpha}".encode()
+    yield f"{role} {adapter.down.shape} {adapter.alpha} {adapter.numbers}".encode()
     yield from (np.ascontiguousarray(x).tobytes() for x in (adapter.down, adapter.up))
 
 
@@ -256,8 +256,8 @@ def read_adapter(text: str) -> tuple[LoRA, float]:
             number = math.nan
         if not math.isfinite(number):
             raise UserError(f"--lora {text} has no number after its last colon; write PATH:0.8.")
-        return read_any_lora(Path(path)), number
-    return read_any_lora(Path(text)), 1.0
+        return open_lora(Path(path)), number
+    return open_lora(Path(text)), 1.0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ only, and `k_img` with `v_img` or neither. Layer names come from the denoiser's 
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -15,7 +16,7 @@ import numpy as np
 from convert.dit import rows
 from wanjax.checkpoint import ADAPTER_FORMAT, load_lora, save_lora
 from wanjax.errors import UserError, nearest
-from wanjax.lora import CROSS_IMAGE, STACK, LayerAdapter, LoRA
+from wanjax.lora import CROSS_IMAGE, STACK, LayerAdapter, LoRA, require_finite
 from wanjax.models.dit import DiTConfig
 from wanjax.outputs import whole_file
 from wanjax.tensor_files import SafetensorsWriter, read_safetensors
@@ -27,7 +28,7 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 FORMATS = ("comfyui", "native")
-_KEY = re.compile(r"^blocks\.(\d+)\.(.+)\.lora_([AB])\.weight$")
+_KEY = re.compile(r"^blocks\.(0|[1-9][0-9]{0,8})\.(.+)\.lora_([AB])\.weight$")
 
 
 def role_names() -> dict[str, str]:
@@ -47,21 +48,21 @@ def convert_lora(src: Path, out: Path, format: str, dtype: str = "float32") -> s
     """
     if format not in FORMATS:
         raise UserError(f"There is no LoRA format '{format}'{nearest(format, FORMATS)}")
-    lora = read_any_lora(src)
+    lora = open_lora(src)
     if format == "native":
         save_lora(out, lora)
     else:
         write_comfyui(out, lora, DTYPES[dtype])
     ranks = sorted({a.rank for a in lora.layers.values()})
-    blocks = next(iter(lora.layers.values())).down.shape[0]
+    blocks = len({block for a in lora.layers.values() for block in a.numbers})
     size = sum(a.down.size + a.up.size for a in lora.layers.values())
     return (
-        f"{out}: {len(lora.layers)} layers in each of {blocks} blocks, rank "
+        f"{out}: {len(lora.layers)} layers in {blocks} blocks, rank "
         f"{', '.join(map(str, ranks))}, {size:,} parameters ({', '.join(lora.layers)})"
     )
 
 
-def read_any_lora(path: Path) -> LoRA:
+def open_lora(path: Path) -> LoRA:
     """Adapters from a run, a native adapter file or a ComfyUI file, told apart by content."""
     path = Path(path)
     if path.is_dir() or not path.exists():
@@ -77,7 +78,7 @@ def to_comfyui(lora: LoRA) -> dict[str, np.ndarray]:
     tensors = {}
     for role, adapter in _with_image_pair(lora.layers).items():
         scale = adapter.alpha / adapter.rank
-        for i, (down, up) in enumerate(zip(adapter.down, adapter.up)):
+        for i, down, up in zip(adapter.numbers, adapter.down, adapter.up):
             layer = f"{PREFIX}blocks.{i}.{names[role]}"
             tensors[f"{layer}.lora_A.weight"] = np.ascontiguousarray(down.T)
             tensors[f"{layer}.lora_B.weight"] = np.ascontiguousarray(up.T * np.float32(scale))
@@ -86,7 +87,11 @@ def to_comfyui(lora: LoRA) -> dict[str, np.ndarray]:
 
 def write_comfyui(path: Path, lora: LoRA, dtype: np.dtype) -> None:
     """Write the file, whole or not at all."""
-    tensors = {name: t.astype(dtype) for name, t in to_comfyui(lora).items()}
+    with np.errstate(over="ignore"):  # what does not fit is refused next
+        tensors = {name: t.astype(dtype) for name, t in to_comfyui(lora).items()}
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise UserError(f"'{name}' has values that {dtype} cannot hold; use --dtype float32.")
     header = {name: (t.dtype, t.shape) for name, t in tensors.items()}
     with (
         whole_file(Path(path)) as partial,
@@ -109,20 +114,21 @@ def read_comfyui(path: Path) -> LoRA:
                 "lora_A.weight; only that family of LoRA files can be read so far."
             )
         pair = found.setdefault(roles[match[2]], {}).setdefault(int(match[1]), {})
-        pair[match[3]] = np.asarray(tensor, np.float32)
+        with np.errstate(over="ignore"):  # what does not fit is refused next
+            pair[match[3]] = np.asarray(tensor, np.float32)
+        require_finite(pair[match[3]], key, path)
     if not found:
         raise UserError(f"{path} holds no LoRA; check that it is the right file.")
-    count = 1 + max(block for blocks in found.values() for block in blocks)
-    layers = {role: _stacked(path, role, blocks, count) for role, blocks in found.items()}
+    layers = {role: _stacked(path, role, blocks) for role, blocks in found.items()}
     return LoRA(layers, {k: v for k, v in file.metadata.items() if k != "format"})
 
 
-def _stacked(
-    path: Path, role: str, blocks: Mapping[int, Mapping[str, np.ndarray]], count: int
-) -> LayerAdapter:
-    """One array over all blocks; smaller ranks and absent blocks are zeros, which add nothing."""
+def _stacked(path: Path, role: str, blocks: Mapping[int, Mapping[str, np.ndarray]]) -> LayerAdapter:
+    """One array over the blocks that are there; smaller ranks are filled up with zeros, which add
+    nothing."""
     for block, pair in blocks.items():
-        if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+        matches = pair.keys() == {"A", "B"} and pair["A"].shape[0] == pair["B"].shape[1]
+        if not matches or not pair["A"].shape[0]:
             raise UserError(
                 f"{path}: block {block} of '{role}' has no matching lora_A and lora_B; "
                 "the file is incomplete, fetch it again."
@@ -130,14 +136,16 @@ def _stacked(
     some = next(iter(blocks.values()))
     d_in, d_out = some["A"].shape[1], some["B"].shape[0]
     rank = max(pair["A"].shape[0] for pair in blocks.values())
-    down = np.zeros((count, d_in, rank), np.float32)
-    up = np.zeros((count, rank, d_out), np.float32)
-    for block, pair in blocks.items():
+    down = np.zeros((len(blocks), d_in, rank), np.float32)
+    up = np.zeros((len(blocks), rank, d_out), np.float32)
+    numbers = sorted(blocks)
+    for i, block in enumerate(numbers):
+        pair = blocks[block]
         have = pair["A"].shape[0]
         if (pair["A"].shape[1], pair["B"].shape[0]) != (d_in, d_out):
             raise UserError(f"{path}: block {block} of '{role}' differs in width from the others.")
-        down[block, :, :have], up[block, :have] = pair["A"].T, pair["B"].T
-    return LayerAdapter(down, up, alpha=float(rank))
+        down[i, :, :have], up[i, :have] = pair["A"].T, pair["B"].T
+    return LayerAdapter(down, up, float(rank), tuple(numbers))
 
 
 def _with_image_pair(layers: Mapping[str, LayerAdapter]) -> dict[str, LayerAdapter]:
@@ -147,7 +155,7 @@ def _with_image_pair(layers: Mapping[str, LayerAdapter]) -> dict[str, LayerAdapt
         return dict(layers)
     (missing,) = set(CROSS_IMAGE) - set(given)
     there = layers[given[0]]
-    zeros = LayerAdapter(np.zeros_like(there.down), np.zeros_like(there.up), there.alpha)
+    zeros = replace(there, down=np.zeros_like(there.down), up=np.zeros_like(there.up))
     return {**layers, missing: zeros}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.lora import convert_lora, read_any_lora, read_comfyui, role_names
+from convert.lora import convert_lora, open_lora, read_comfyui, role_names
 from tests.toy import SMALL, dit_inputs, randomised_adapters, toy_dit
 from wanjax import lora
 from wanjax.checkpoint import load_lora, save_lora
@@ -148,7 +148,7 @@ def test_comfyui_round_trip(tmp_path, targets):
     assert len(images) in (0, 2)
     convert_lora(tmp_path / "c.safetensors", tmp_path / "again.safetensors", "native")
     again = toy_dit()
-    lora.apply(again, [(read_any_lora(tmp_path / "again.safetensors"), 1.0)])
+    lora.apply(again, [(open_lora(tmp_path / "again.safetensors"), 1.0)])
     np.testing.assert_allclose(again(*given), model(*given), rtol=1e-5, atol=1e-5)
 
 
@@ -169,10 +169,10 @@ def test_foreign_files_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="ffn.up"):
         read_comfyui(path)
     with pytest.raises(UserError, match="nowhere"):
-        read_any_lora(tmp_path / "nowhere")
+        open_lora(tmp_path / "nowhere")
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"cut\.safetensors is truncated"):
-        read_any_lora(tmp_path / "cut.safetensors")
+        open_lora(tmp_path / "cut.safetensors")
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
@@ -196,8 +196,128 @@ def test_ranks_that_differ_between_blocks_are_padded(tmp_path):
     write_tensors(tmp_path / "x.safetensors", tensors)
     read = read_comfyui(tmp_path / "x.safetensors").layers["self_attn.q"]
     assert read.alpha == read.rank == 3
+    down, up = read.over(3)
     for block in (0, 2):
         layer = f"diffusion_model.blocks.{block}.self_attn.q"
         full = tensors[f"{layer}.lora_B.weight"] @ tensors[f"{layer}.lora_A.weight"]
-        np.testing.assert_allclose((read.down[block] @ read.up[block]).T, full, atol=1e-5)
-    assert not read.down[1].any()
+        np.testing.assert_allclose((down[block] @ up[block]).T, full, atol=1e-5)
+    assert not down[1].any()
+
+
+def some_blocks(*blocks: int, value: float | None = None) -> dict[str, np.ndarray]:
+    """A ComfyUI file's tensors for two layers of these blocks; random, or all `value`."""
+    rng, d, tensors = np.random.default_rng(5), SMALL.dim, {}
+    for block in blocks:
+        for layer in ("self_attn.q", "cross_attn.v"):
+            for part, shape in (("A", (2, d)), ("B", (d, 2))):
+                weight = rng.normal(size=shape) if value is None else np.full(shape, value)
+                key = f"diffusion_model.blocks.{block}.{layer}.lora_{part}.weight"
+                tensors[key] = weight.astype(np.float32)
+    return tensors
+
+
+@pytest.mark.parametrize("blocks", [(0,), (1,), (0, 2), (2,)])
+def test_an_adapter_of_some_blocks_leaves_the_others_as_they_are(blocks, tmp_path):
+    """As read, through our format, and through theirs again."""
+    tensors = some_blocks(*blocks)
+    write_tensors(tmp_path / "c.safetensors", tensors)
+    convert_lora(tmp_path / "c.safetensors", tmp_path / "n.safetensors", "native")
+    convert_lora(tmp_path / "n.safetensors", tmp_path / "again.safetensors", "comfyui")
+    assert read_safetensors(tmp_path / "again.safetensors").tensors.keys() == tensors.keys()
+    for name in ("c", "n", "again"):
+        model = toy_dit()
+        lora.apply(model, [(open_lora(tmp_path / f"{name}.safetensors"), 0.5)])
+        layers = dict(lora.linears(model))
+        assert layers["ffn.up"].lora is None
+        for role in ("self_attn.q", "cross_attn.v"):
+            side = layers[role].lora
+            change = side.scale * (side.down[...] @ side.up[...])
+            for block in range(SMALL.num_layers):
+                key = f"diffusion_model.blocks.{block}.{role}.lora_"
+                wanted = np.zeros((SMALL.dim, SMALL.dim))
+                if block in blocks:
+                    wanted = 0.5 * tensors[f"{key}B.weight"] @ tensors[f"{key}A.weight"]
+                np.testing.assert_allclose(change[block].T, wanted, atol=1e-5)
+
+
+def test_blocks_that_the_model_has_not_are_named_and_not_allocated(tmp_path):
+    path = tmp_path / "c.safetensors"
+    for block, said in ((99_999_999, "99,999,999"), (SMALL.num_layers, str(SMALL.num_layers))):
+        write_tensors(path, some_blocks(0, block))
+        convert_lora(path, tmp_path / f"{block}.safetensors", "native")
+        for name in ("c", block):
+            read = open_lora(tmp_path / f"{name}.safetensors")
+            with pytest.raises(UserError, match=f"in block {said}, and this one has 3 blocks"):
+                lora.apply(toy_dit(), [(read, 1.0)])
+    for odd in ("01", "-1", "1" * 5000, "\u0661"):
+        key = f"diffusion_model.blocks.{odd}.ffn.0.lora_A.weight"
+        write_tensors(path, {key: np.zeros((2, 48))})
+        with pytest.raises(UserError, match="not of the form"):
+            open_lora(path)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_adapters_of_a_run_that_diverged_are_refused_by_the_tensor(bad, tmp_path):
+    tensors = some_blocks(0, 1)
+    key = "diffusion_model.blocks.1.cross_attn.v.lora_B.weight"
+    tensors[key][3, 1] = bad
+    write_tensors(tmp_path / "burnt.safetensors", tensors)
+    for attempt in (
+        lambda: open_lora(tmp_path / "burnt.safetensors"),
+        lambda: convert_lora(tmp_path / "burnt.safetensors", tmp_path / "o.safetensors", "native"),
+    ):
+        with pytest.raises(UserError, match=rf"burnt\.safetensors holds NaN .*'{key}'"):
+            attempt()
+    model = randomised_adapters(adapted("qv"))
+    layer = dict(lora.linears(model))["self_attn.v"].lora
+    layer.up[...] = layer.up[...].at[0, 0, 0].set(bad)
+    save_lora(tmp_path / "ours.safetensors", lora.extract(model))
+    with pytest.raises(UserError, match=r"ours\.safetensors .*'blocks.self_attn.v.up'"):
+        load_lora(tmp_path / "ours.safetensors")
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_what_a_type_cannot_hold_is_not_written(tmp_path):
+    write_tensors(tmp_path / "c.safetensors", some_blocks(0, value=1e5))
+    with pytest.raises(UserError, match=r"lora_A.weight' has values that float16 cannot hold"):
+        convert_lora(tmp_path / "c.safetensors", tmp_path / "o.safetensors", "comfyui", "float16")
+    huge = {k: v.astype(np.float64) * 1e300 for k, v in some_blocks(0, value=1).items()}
+    write_tensors(tmp_path / "c.safetensors", huge)
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        open_lora(tmp_path / "c.safetensors")
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_a_pipeline_takes_what_convert_opened(tmp_path):
+    """And the refusal of the file itself names that call."""
+    import convert
+    from wanjax import Pipeline
+    from wanjax.weights import save_native
+
+    save_native(tmp_path / "ck", {"dit": toy_dit()})
+    write_tensors(tmp_path / "c.safetensors", some_blocks(0, 2))
+    with pytest.raises(UserError, match=r"not a native adapter; .*convert\.open_lora\(") as said:
+        Pipeline.load(tmp_path / "ck", lora=[(tmp_path / "c.safetensors", 1.0)])
+    assert f"open_lora('{tmp_path / 'c.safetensors'}')" in str(said.value)
+    opened = convert.open_lora(tmp_path / "c.safetensors")
+    pipeline = Pipeline.load(tmp_path / "ck", dtype="float32", lora=[(opened, 0.5)])
+    assert pipeline.loras == ((opened, 0.5),)
+
+
+SPOILT = {
+    "alpha": '{"self_attn.q": NaN}',
+    "blocks": '{"self_attn.q": [1, 0, 2]}',
+}
+
+
+@pytest.mark.parametrize(("entry", "value"), SPOILT.items())
+def test_a_damaged_note_of_an_adapter_is_refused(entry, value, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_lora(path, lora.extract(adapted("self_attn.q")))
+    file = read_safetensors(path)
+    header = {k: (v.dtype, v.shape) for k, v in file.tensors.items()}
+    with SafetensorsWriter(tmp_path / "b", header, file.metadata | {entry: value}) as writer:
+        for name, tensor in file.tensors.items():
+            writer.write(name, tensor)
+    with pytest.raises(UserError, match="b is damaged"):
+        load_lora(tmp_path / "b")

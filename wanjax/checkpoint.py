@@ -7,6 +7,7 @@ itself is one safetensors file in our names. This is the only module that import
 
 import json
 import logging
+import math
 import shutil
 import sys
 import time
@@ -21,7 +22,7 @@ import orbax.checkpoint as ocp
 from rich.filesize import decimal
 
 from wanjax.errors import UserError
-from wanjax.lora import STACK, LayerAdapter, LoRA
+from wanjax.lora import STACK, LayerAdapter, LoRA, require_finite
 from wanjax.outputs import whole_file
 from wanjax.tensor_files import SafetensorsWriter, read_safetensors
 from wanjax.types import PathLike
@@ -148,13 +149,18 @@ def read_run(run: PathLike) -> dict[str, Any]:
 
 
 def load_lora(path: PathLike) -> LoRA:
-    """Adapters from a run (its newest checkpoint) or from a native adapter file."""
+    """Adapters from a run (its newest checkpoint) or from a native adapter file.
+
+    Raises `UserError` for anything else, and for NaN or infinity in a weight.
+    """
     path = Path(path)
-    if path.is_dir():
-        return _lora_of_run(path)
     if not path.exists():
         raise UserError(f"There is no run or adapter file '{path}'; check the path.")
-    return _lora_of_file(path)
+    lora = _lora_of_run(path) if path.is_dir() else _lora_of_file(path)
+    for role, adapter in lora.layers.items():
+        require_finite(adapter.down, f"{STACK}.{role}.down", path)
+        require_finite(adapter.up, f"{STACK}.{role}.up", path)
+    return lora
 
 
 def _lora_of_run(run: Path) -> LoRA:
@@ -190,7 +196,13 @@ def save_lora(path: PathLike, lora: LoRA) -> None:
         tensors[f"{STACK}.{role}.up"] = np.asarray(adapter.up, np.float32)
     header = {name: (t.dtype, t.shape) for name, t in tensors.items()}
     alphas = {role: adapter.alpha for role, adapter in lora.layers.items()}
-    metadata = {**lora.metadata, "format": ADAPTER_FORMAT, "alpha": json.dumps(alphas)}
+    blocks = {role: adapter.blocks for role, adapter in lora.layers.items() if adapter.blocks}
+    metadata = {
+        **lora.metadata,
+        "format": ADAPTER_FORMAT,
+        "alpha": json.dumps(alphas),
+        "blocks": json.dumps(blocks),
+    }
     with whole_file(Path(path)) as partial, SafetensorsWriter(partial, header, metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
@@ -200,23 +212,35 @@ def _lora_of_file(path: Path) -> LoRA:
     file = read_safetensors(path)
     if file.metadata.get("format") != ADAPTER_FORMAT:
         raise UserError(
-            f"{path} is not a native adapter; convert it first: "
-            f"python -m convert lora {path} ADAPTER.safetensors --format native"
+            f"{path} is not a native adapter; open it with convert.open_lora({str(path)!r}), or "
+            f"convert it: python -m convert lora {path} ADAPTER.safetensors --format native"
         )
     try:
         alphas = json.loads(file.metadata["alpha"])
+        blocks = json.loads(file.metadata.get("blocks", "{}"))
         layers = {
-            role: LayerAdapter(
-                np.array(file.tensors[f"{STACK}.{role}.down"]),
-                np.array(file.tensors[f"{STACK}.{role}.up"]),
-                float(alpha),
-            )
-            for role, alpha in alphas.items()
+            role: _layer_of_file(file.tensors, role, alphas[role], blocks.get(role))
+            for role in alphas
         }
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); export the adapter again.") from error
-    keep = {k: v for k, v in file.metadata.items() if k not in ("format", "alpha")}
+    keep = {k: v for k, v in file.metadata.items() if k not in ("format", "alpha", "blocks")}
     return LoRA(layers, keep)
+
+
+def _layer_of_file(
+    tensors: Mapping[str, np.ndarray], role: str, alpha: float, blocks: list[int] | None
+) -> LayerAdapter:
+    """One role's adapter. Raises what `_lora_of_file` catches where its parts do not agree."""
+    down, up = (np.array(tensors[f"{STACK}.{role}.{part}"]) for part in ("down", "up"))
+    count, _, rank = down.shape
+    if not count or not rank or up.shape[:2] != (count, rank) or not math.isfinite(alpha):
+        raise ValueError(f"'{role}' has shapes {down.shape} and {up.shape} and alpha {alpha}")
+    if blocks is None:
+        return LayerAdapter(down, up, float(alpha))
+    if len(blocks) != count or blocks != sorted({int(b) for b in blocks}) or blocks[0] < 0:
+        raise ValueError(f"the blocks of '{role}' are not {count} ascending numbers")
+    return LayerAdapter(down, up, float(alpha), tuple(blocks))
 
 
 def check_resumable(

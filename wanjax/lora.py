@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from wanjax.errors import UserError, nearest
 from wanjax.nn import Linear
 from wanjax.precision import matmul_precision
+from wanjax.types import PathLike
 
 STACK = "blocks"  # adapters live on the stacked transformer blocks
 SELF = tuple(f"self_attn.{x}" for x in "qkvo")
@@ -51,15 +52,34 @@ class Adapter(nnx.Module):
 
 @dataclass(frozen=True)
 class LayerAdapter:
-    """One role's adapters in all `n` blocks; the change of the weight is `alpha/R * down @ up`."""
+    """One role's adapters in `n` blocks; the change of each weight is `alpha/R * down @ up`.
+
+    `blocks` are the numbers of those blocks, ascending: the others are left as they are. None
+    stands for all blocks of the model, as training makes them.
+    """
 
     down: Float[np.ndarray, "n C R"]
     up: Float[np.ndarray, "n R C2"]
     alpha: float
+    blocks: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:
         return self.down.shape[-1]
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The number of each block that is adapted."""
+        return range(len(self.down)) if self.blocks is None else self.blocks
+
+    def over(self, count: int) -> tuple[Float[np.ndarray, "m C R"], Float[np.ndarray, "m R C2"]]:
+        """`down` and `up` in all `count` blocks of a model, zero where nothing is adapted."""
+        if self.blocks is None:
+            return self.down, self.up
+        wholes = [np.zeros((count, *x.shape[1:]), x.dtype) for x in (self.down, self.up)]
+        for whole, part in zip(wholes, (self.down, self.up)):
+            whole[list(self.blocks)] = part
+        return tuple(wholes)
 
 
 @dataclass(frozen=True)
@@ -133,8 +153,10 @@ def apply(model: nnx.Module, loras: Sequence[tuple[LoRA, float]]) -> None:
     for role, layer in linears(model):
         found = [(lora.layers[role], strength) for lora, strength in loras if role in lora.layers]
         if found:
-            down = np.concatenate([a.down for a, _ in found], axis=-1)
-            up = np.concatenate([a.up * (s * a.alpha / a.rank) for a, s in found], axis=-2)
+            pairs = [adapter.over(layer.kernel.shape[0]) for adapter, _ in found]
+            scales = [strength * adapter.alpha / adapter.rank for adapter, strength in found]
+            down = np.concatenate([down for down, _ in pairs], axis=-1)
+            up = np.concatenate([up * s for (_, up), s in zip(pairs, scales)], axis=-2)
             axes = layer.kernel.get_metadata()["axes"]
             down, up = (jnp.asarray(x, jnp.float32) for x in (down, up))
             layer.lora = Adapter(down, up, 1.0, axes)
@@ -169,10 +191,25 @@ def _check_layer(role: str, adapter: LayerAdapter, layers: Mapping[str, Linear])
             f"The LoRA was made for another model: it adapts '{role}', which this one has not"
             f"{nearest(role, layers)}"
         )
-    blocks, d_in, d_out = layers[role].kernel.shape
-    found = (adapter.down.shape[0], adapter.down.shape[1], adapter.up.shape[-1])
-    if found != (blocks, d_in, d_out):
+    count, d_in, d_out = layers[role].kernel.shape
+    if adapter.blocks is not None and adapter.blocks[-1] >= count:
+        raise UserError(
+            f"The LoRA was made for another model: it adapts '{role}' in block "
+            f"{adapter.blocks[-1]:,}, and this one has {count} blocks (0 to {count - 1})."
+        )
+    blocks = len(adapter.down) if adapter.blocks is None else count
+    found = (blocks, adapter.down.shape[1], adapter.up.shape[-1])
+    if found != (count, d_in, d_out):
         raise UserError(
             f"The LoRA was made for another model: its '{role}' is for {found[0]} blocks of "
-            f"{found[1]} to {found[2]} channels, and this one has {blocks} of {d_in} to {d_out}."
+            f"{found[1]} to {found[2]} channels, and this one has {count} of {d_in} to {d_out}."
+        )
+
+
+def require_finite(values: np.ndarray, name: str, where: PathLike) -> None:
+    """Refuse what a run that diverged leaves behind, by the tensor's name."""
+    if not np.isfinite(values).all():
+        raise UserError(
+            f"{where} holds NaN or infinity in '{name}': the run that made it diverged; use an "
+            "earlier checkpoint of it, or another adapter."
         )

@@ -95,18 +95,19 @@ class Pipeline:
         *,
         dtype: str | DTypeLike = "bfloat16",
         residual: str = "float32",
-        lora: Sequence[tuple[PathLike, float]] = (),
+        lora: Sequence[tuple[PathLike | lora_module.LoRA, float]] = (),
         mesh: Mesh | None = None,
         residency: Residency = "auto",
     ) -> "Pipeline":
         """Open the native checkpoint in `folder`; weights are read when they are first needed.
 
         `dtype` is "bfloat16" or "float32" (what runs in fp32 all the same: docs/precision.md), and
-        `residual` the type of the denoiser's residual stream. `lora` lists runs or native adapter
-        files, each with a strength. `residency` says what networks do that a phase does not need
-        (`wanjax.residency`). Raises `UserError` for what cannot be used.
+        `residual` the type of the denoiser's residual stream. `lora` lists runs, native adapter
+        files or what `convert.open_lora` read, each with a strength. `residency` says what networks
+        do that a phase does not need (`wanjax.residency`). Raises `UserError` for what cannot be
+        used.
         """
-        loras = [(load_lora(path), strength) for path, strength in lora]
+        loras = [(x if isinstance(x, lora_module.LoRA) else load_lora(x), s) for x, s in lora]
         return cls(
             folder,
             dtype=parse_dtype(dtype),

@@ -23,7 +23,7 @@ import numpy as np
 from configs import SampleJob, command_line, parse_mesh
 from convert.lora import open_lora
 from wanjax.conditioning import check_size
-from wanjax.data.video import read_image, write_video
+from wanjax.data.video import write_video
 from wanjax.errors import UserError, nearest, run_script
 from wanjax.latents import (
     Latents,
@@ -35,6 +35,7 @@ from wanjax.latents import (
 )
 from wanjax.lora import LoRA
 from wanjax.outputs import require_writable
+from wanjax.pictures import read_picture
 from wanjax.pipeline import Conditioned, Pipeline
 from wanjax.precision import parse_dtype
 from wanjax.solvers import make_schedule
@@ -120,7 +121,7 @@ def describe(video: SampleJob) -> dict[str, Any]:
     settings = {name: getattr(video, name) for name in MAKES_LATENTS}
     for name in ("image", "last_image"):
         if (path := getattr(video, name)) is not None:
-            picture = read_image(path)
+            picture = read_picture(path)
             settings[name] = digest(str(picture.shape).encode(), picture.tobytes())
     return settings
 

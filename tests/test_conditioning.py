@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from wanjax.conditioning import mask_for, prepare, resize_bicubic, size_for
+from wanjax.conditioning import centre, mask_for, prepare, resize_bicubic, size_for
+from wanjax.data.framing import fit
 from wanjax.errors import UserError
 
 HD, SD = 720 * 1280, 480 * 832
@@ -48,6 +49,41 @@ def test_mask_is_the_official_reshape():
     given = np.asarray([1, 0, 0, 0, 0, 0, 1, 0, 1], np.float32)
     expected = [[1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]]
     assert mask_for(given, 1, 1)[:, 0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("area", [32 * 48, SD, HD])
+def test_a_size_that_wan_would_choose_keeps_all_of_the_picture(area):
+    rng = np.random.default_rng(0)
+    for tall, wide in rng.integers(30, 3000, (300, 2)).tolist():
+        whole = np.broadcast_to(np.uint8(0), (tall, wide, 3))
+        height, width = size_for(tall, wide, area)
+        if height and width:
+            assert centre(whole, height, width).shape == whole.shape
+
+
+@pytest.mark.parametrize("source", [(90, 400), (400, 90), (128, 128), (1080, 1920)])
+@pytest.mark.parametrize("target", [(480, 832), (832, 480), (480, 480)])
+def test_another_aspect_is_covered_as_in_training(source, target):
+    """The ramps across and down say which part of the picture is in the frame."""
+    tall, wide = source
+    ramps = np.zeros((tall, wide, 3), np.uint8)
+    ramps[..., 0] = np.linspace(0, 255, tall)[:, None]
+    ramps[..., 1] = np.linspace(0, 255, wide)
+    if max(tall * target[1], wide * target[0]) > 1.06 * min(tall * target[1], wide * target[0]):
+        with pytest.warns(UserWarning, match="cut off; leave out height and width"):
+            prepared = prepare(ramps, frames=1, height=target[0], width=target[1])
+    else:
+        prepared = prepare(ramps, frames=1, height=target[0], width=target[1])
+    trained = fit(ramps[None], *target)[0] / 127.5 - 1
+    assert np.abs(prepared.video[0] - trained).max() < 0.06
+    whole = prepare(ramps, frames=1, height=tall // 16 * 16, width=wide // 16 * 16)
+    np.testing.assert_array_equal(prepared.clip, whole.clip)  # CLIP sees all of it, squashed
+
+
+def test_diffusers_squashes_and_says_so():
+    with pytest.warns(UserWarning, match="120x90 has another aspect .* it is squashed"):
+        prepared = prepare(picture(), frames=1, height=160, width=32, preprocess="diffusers")
+    assert prepared.video.shape == (1, 160, 32, 3)
 
 
 def test_bicubic_keeps_what_it_should():

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wanjax.data.video import read_image
 from wanjax.errors import UserError
 from wanjax.eval.lpips import LPIPS, _ArrayUnpickler
+from wanjax.pictures import read_picture
 
 pytestmark = pytest.mark.compiles
 
@@ -33,7 +33,7 @@ def test_published_distances():
     if not PICTURES.is_dir():
         pytest.skip("the example pictures of LPIPS are not here")
     names = ("ex_ref.png", "ex_p0.png", "ex_p1.png")
-    reference, *others = (read_image(PICTURES / n)[None] / np.float32(127.5) - 1 for n in names)
+    reference, *others = (read_picture(PICTURES / n)[None] / np.float32(127.5) - 1 for n in names)
     published = {"alexnet": (0.72188, 0.13757), "vgg16": (0.56861, 0.42166)}
     for network, distances in published.items():
         found = [float(LPIPS(network)(reference, other)[0]) for other in others]

@@ -1,4 +1,4 @@
-"""Video and pictures: frames by time, colours, orientation, errors that name the file."""
+"""Video: frames by time, colours, orientation, errors that name the file."""
 
 import resource
 from fractions import Fraction
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wanjax.data.video import _rgb, probe, read_image, read_video, write_video
+from wanjax.data.video import _rgb, probe, read_video, write_video
 from wanjax.errors import UserError
 
 ASSETS = Path(__file__).resolve().parents[1] / "../shared/assets"
@@ -242,56 +242,6 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_pictures_of_every_kind_become_rgb(tmp_path):
-    grey = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
-    images = {
-        "l.png": Image.fromarray(grey),
-        "sixteen.png": Image.fromarray(grey.astype(np.uint16) * 257),
-        "p.png": Image.fromarray(grey).convert("P"),
-        "la.png": Image.fromarray(grey).convert("LA"),
-        "cmyk.tif": Image.fromarray(grey).convert("RGB").convert("CMYK"),
-    }
-    for name, image in images.items():
-        image.save(tmp_path / name)
-        read = read_image(tmp_path / name)
-        assert read.dtype == np.uint8
-        np.testing.assert_array_equal(read, np.repeat(grey[..., None], 3, -1), err_msg=name)
-
-
-def test_transparency_lies_over_black(tmp_path):
-    rgba = np.full((4, 6, 4), 200, np.uint8)
-    rgba[:, :3, 3], rgba[:, 3:, 3] = 0, 255
-    Image.fromarray(rgba).save(tmp_path / "a.png")
-    read = read_image(tmp_path / "a.png")
-    assert (read[:, :3] == 0).all() and (read[:, 3:] == 200).all()
-
-
-def test_exif_orientation_is_honoured(tmp_path):
-    image = np.zeros((16, 32, 3), np.uint8)
-    image[:, :8] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by a quarter
-    Image.fromarray(image).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    read = read_image(tmp_path / "a.jpg")
-    assert read.shape == (32, 16, 3)
-    assert read[:8].mean() > 240 and read[8:].mean() < 10
-
-
-def test_pictures_that_are_none_are_named(tmp_path):
-    (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"a\.png cannot be read as a picture .*PNG or JPEG"):
-        read_image(tmp_path / "a.png")
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(
-        tmp_path / "b.png"
-    )
-    data = (tmp_path / "b.png").read_bytes()
-    (tmp_path / "b.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"b\.png cannot be read"):
-        read_image(tmp_path / "b.png")
-    with pytest.raises(UserError, match=r"There is no picture .*c\.png"):
-        read_image(tmp_path / "c.png")
 
 
 @pytest.mark.skipif(not ASSETS.exists(), reason="the real clips are not here")

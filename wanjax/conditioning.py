@@ -4,9 +4,13 @@ A picture becomes (1) a video of itself followed by grey frames, which the VAE e
 that is 1 on its latent frame, (3) the input of the CLIP tower. `preprocess="official"` follows
 Wan-Video/Wan2.1 `wan/image2video.py` (bicubic without antialias; CLIP's picture squashed),
 `"diffusers"` follows `WanImageToVideoPipeline` (PIL Lanczos; shortest edge and centre crop).
+
+Wan's own sizes have the picture's aspect. At any other, which only we allow, the frame is covered
+by the picture's centre as in training (`data/framing.py`); diffusers squashes it.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import jax
@@ -75,6 +79,8 @@ def prepare(
         raise UserError(f"There is no preprocess '{preprocess}'{nearest(preprocess, PREPROCESS)}")
     check_size(frames, height, width)
     pictures = [picture] if last_picture is None else [picture, last_picture]
+    for given in pictures:
+        _warn_of_aspect(given, height, width, preprocess)
     video = np.zeros((frames, height, width, 3), np.float32)
     for index, given in zip((0, -1), pictures):
         video[index] = _frame(given, height, width, preprocess)
@@ -123,9 +129,36 @@ def _encode_tokens(text_encoder: UMT5, ids: jax.Array, mask: jax.Array) -> jax.A
     return text_encoder(ids, mask)
 
 
+def centre(picture: Picture, height: int, width: int) -> UInt8[np.ndarray, "H1 W1 3"]:
+    """The largest centred part of a picture with the aspect of `height` x `width`.
+
+    A difference that is no more than `size_for` makes by rounding is left, to be squashed as Wan
+    does it.
+    """
+    tall, wide = picture.shape[:2]
+    if wide * height < tall * (width + 16) and tall * width < wide * (height + 16):
+        return picture
+    rows = min(tall, max(1, round(wide * height / width)))
+    columns = min(wide, max(1, round(tall * width / height)))
+    top, left = (tall - rows) // 2, (wide - columns) // 2
+    return picture[top : top + rows, left : left + columns]
+
+
+def _warn_of_aspect(picture: Picture, height: int, width: int, preprocess: str) -> None:
+    lost = 1 - centre(picture, height, width).size / picture.size
+    if lost > 0.05:
+        tall, wide = picture.shape[:2]
+        done = f"{lost:.0%} of it is cut off" if preprocess == "official" else "it is squashed"
+        warnings.warn(
+            f"The picture of {wide}x{tall} has another aspect than the video of {width}x{height}: "
+            f"{done}; leave out height and width for a video of its aspect.",
+            stacklevel=3,
+        )
+
+
 def _frame(picture: Picture, height: int, width: int, preprocess: str) -> np.ndarray:
     if preprocess == "official":
-        return resize_bicubic(_signed(picture), height, width)
+        return resize_bicubic(_signed(centre(picture, height, width)), height, width)
     resized = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
     return _signed(np.asarray(resized))
 

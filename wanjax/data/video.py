@@ -1,4 +1,4 @@
-"""Video files in and out through PyAV, and pictures through Pillow: always `T H W 3` (or `H W 3`).
+"""Video files in and out through PyAV: always `T H W 3`.
 
 Frames are taken *by time*: the frame of output time `k / fps` is the one that a player shows then,
 by its presentation timestamp. So motion keeps its speed whatever the source's rate, variable rates
@@ -22,7 +22,6 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
 
 from wanjax.errors import UserError
 from wanjax.outputs import whole_file
@@ -156,41 +155,6 @@ def write_video(
             for frame in frames:
                 container.mux(stream.encode(_yuv(np.asarray(frame))))
             container.mux(stream.encode())
-
-
-def read_image(path: PathLike) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture upright (by its EXIF tag) in 8-bit RGB, whatever its mode.
-
-    Sixteen bits are scaled to eight. What is transparent lies over black, which is what most files
-    store beneath it. Raises `UserError` for a file that is missing, damaged or no picture.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"There is no picture {path}; check the name.")
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path} cannot be read as a picture ({error}); save it again as PNG or JPEG."
-        ) from error
-    if image.mode.startswith("I") or image.mode == "F":
-        return _grey(np.asarray(image), path)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image)
-    return np.array(image.convert("RGB"))
-
-
-def _grey(values: np.ndarray, path: Path) -> UInt8[np.ndarray, "H W 3"]:
-    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
-        raise UserError(
-            f"{path} holds numbers that are not 8 or 16 bit; save it as an ordinary PNG."
-        )
-    eight = np.round(values / 257).astype(np.uint8)
-    return np.repeat(eight[..., None], 3, axis=-1)
 
 
 @contextmanager

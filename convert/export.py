@@ -21,7 +21,7 @@ from convert.sources import (
     CONFIGS_KEY,
     OFFICIAL_NAMES,
     SPIECE,
-    read_groups,
+    read_networks,
 )
 from convert.stream import Planned, plan, write_safetensors
 from convert.torch_files import write_torch
@@ -161,11 +161,10 @@ def _named_as_found(native: Native, network: str) -> list[Planned]:
 def _restore(native: Native, plans: Plans, layout: str) -> list[str]:
     """Add to the plans what was dropped, from the origin; what to tell of what stays left out."""
     notes = []
-    groups = read_groups(native.origin, native.wanted) if native.origin else []
-    origins = {recognise(g.tensors): g for g in groups}
+    origins = read_networks(native.origin, native.wanted) if native.origin else {}
     for network, planned in plans.items():
-        group = origins.get((network, layout))
-        if group is None:
+        group = origins.get(network)
+        if group is None or recognise(group.tensors) != (network, layout):
             families = _left_out(native, network, layout)
             if families and native.origin:
                 raise UserError(

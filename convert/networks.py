@@ -2,6 +2,7 @@
 
 import fnmatch
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -92,6 +93,7 @@ def name_tensors(network: str, layout: str, tensors: Mapping[str, np.ndarray], w
     patterns = TABLES[network].droppable[layout]
     dropped = {n: t for n, t in tensors.items() if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
     kept = {n: t for n, t in tensors.items() if n not in dropped}
+    _check_types(kept, where)
     facts: dict[str, object] = {}
     if network == "dit":
         kept = {_without_prefix(n): t for n, t in kept.items()}
@@ -111,6 +113,24 @@ def refuse_scaled(names: Collection[str], where: str) -> None:
                 f"{where} is an fp8_scaled file ('{name}'), whose rounding cannot be undone; "
                 "use the bf16, fp16 or fp32 file of the same model."
             )
+
+
+def _check_types(tensors: Mapping[str, np.ndarray], where: str) -> None:
+    """Refuse codes where weights belong, and warn of weights in 8 bits."""
+    eight = {name: t.dtype for name, t in tensors.items() if t.dtype.itemsize == 1}
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind in "biuc":
+            raise UserError(
+                f"{where} holds '{name}' in {tensor.dtype}, the codes of a quantised model; use "
+                "the bf16, fp16 or fp32 file of the same model."
+            )
+    if eight:
+        warnings.warn(
+            f"{where} holds {len(eight):,} of its {len(tensors):,} tensors in 8 bits "
+            f"({next(iter(eight.values()))}), which keep one or two digits of each weight; use the "
+            "bf16, fp16 or fp32 file of the same model, to train on it at least.",
+            stacklevel=2,
+        )
 
 
 def _merge_aliases(tensors: dict[str, np.ndarray], where: str) -> list[str]:

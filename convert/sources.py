@@ -5,15 +5,18 @@ is copied here: tensors are views of mapped files.
 """
 
 import json
-from collections.abc import Collection, Mapping
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from convert.configs import dit_from_official, from_diffusers, to_diffusers
-from convert.infer import Shapes, infer
+from convert.infer import Shapes, infer, infer_dit
 from convert.networks import Named, name_tensors, recognise
+from convert.relatives import refuse_relatives
 from convert.torch_files import read_torch
 from wanjax.errors import UserError
 from wanjax.models import NETWORKS, Config
@@ -22,7 +25,12 @@ from wanjax.weights import parse_config
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", ".sft", *TORCH_SUFFIXES)
-_INDEX = ".safetensors.index.json"
+# Names the shards of a network: `model.safetensors.index.json`, of a variant `...index.fp16.json`.
+_INDEX = re.compile(r"^(?P<stem>.+)\.(?P<kind>safetensors|bin)\.index(?P<variant>\.\w+)?\.json$")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+# The same weights in another precision, or averaged over the training.
+_VARIANT = re.compile(r"\.(fp\d+\w*|bf16|(non_)?ema)$")
+_LISTED = 8  # names said of many
 # The parts of a diffusers folder, and our names for them.
 COMPONENTS = {
     "transformer": "dit",
@@ -151,33 +159,28 @@ def _require_all(path: Path, kind: str, found: Mapping, only: Collection[str], w
 def _diffusers_sources(path: Path, only: Collection[str]) -> dict[str, Source]:
     index = path / "model_index.json"
     listed = read_json(index) if index.is_file() else {}
-    if listed.get("transformer_2", [None])[0] is not None:
+    if listed.get("transformer_2") not in (None, [None, None]):
         raise UserError(f"{path} is Wan2.2 (it has a transformer_2); use a Wan2.1 checkpoint.")
     return {
-        network: open_source(read_group(path / component), expected=network)
+        network: open_source(_read_component(path / component, network), expected=network)
         for component, network in COMPONENTS.items()
         if (not only or network in only) and (path / component).is_dir()
     }
 
 
+def _read_component(folder: Path, network: str) -> Group:
+    """The weights in one part of a diffusers folder, whatever they turn out to be."""
+    found = read_networks(folder)
+    if not found:
+        raise UserError(f"{folder} has no weights of the {network}; fetch the folder again.")
+    return found.get(network) or next(iter(found.values()))
+
+
 def _file_sources(path: Path, only: Collection[str]) -> dict[str, Source]:
-    found: dict[str, Source] = {}
-    for group in read_groups(path, only):
-        known = recognise(group.tensors)
-        if known is None and not path.is_dir():
-            raise UserError(
-                f"{path} is not a network of Wan2.1 (its first tensor is "
-                f"'{next(iter(group.tensors), None)}'); see `python -m convert inspect {path}`."
-            )
-        if known is None or (only and known[0] not in only):
-            continue
-        if known[0] in found:
-            raise UserError(
-                f"{path} holds two files of the {known[0]}, {found[known[0]].path.name} and "
-                f"{group.path.name}; leave one, or give a single file."
-            )
-        found[known[0]] = open_source(group)
-    return found
+    for name in ("high_noise_model", "low_noise_model"):
+        if (path / name).is_dir():
+            raise UserError(f"{path} is Wan2.2 (it has a {name}); use a Wan2.1 checkpoint.")
+    return {network: open_source(group) for network, group in read_networks(path, only).items()}
 
 
 def open_source(group: Group, expected: str | None = None) -> Source:
@@ -191,6 +194,8 @@ def open_source(group: Group, expected: str | None = None) -> Source:
         raise UserError(f"{where} holds a {network} where the {expected} belongs; fetch it again.")
     named = name_tensors(network, layout, group.tensors, where)
     shapes = Shapes(network, layout, named.tensors, where)
+    if network == "dit":
+        refuse_relatives(named.tensors, infer_dit(shapes, heads=1), group.path)
     beside = group.path if group.path.is_dir() else group.path.parent
     data = _config_beside(beside, network, expected)
     if not data:
@@ -246,44 +251,138 @@ def _own_configs(folder: Path, metadata: Mapping[str, str]) -> dict:
     return read_json(path).get("networks", {}) if path.is_file() else {}
 
 
-def read_groups(path: Path, only: Collection[str] = ()) -> list[Group]:
-    """The files of a folder by network, or the one file that `path` is."""
-    return [read_group(place) for place in find_groups(path, only)]
+def read_networks(path: Path, only: Collection[str] = ()) -> dict[str, Group]:
+    """The files of a folder by network, or the one file that `path` is.
+
+    What is no network of Wan2.1 is skipped with a warning, and so is a variant (`model.fp16`, or a
+    `.bin`) of a file that is there. Two other files of one network are refused.
+    """
+    found: dict[str, tuple[Path, Group]] = {}
+    skipped = []
+    for place in _without_variants(find_groups(path, only)):
+        _refuse_lone_shard(place)
+        group = _read_or_skip(place, path)
+        if group is None:
+            continue
+        known = recognise(group.tensors)
+        if known is None:
+            skipped.append(place)
+        elif only and known[0] not in only:
+            continue
+        elif known[0] in found:
+            raise _two_files(path, known[0], found[known[0]][0], place)
+        else:
+            found[known[0]] = (place, group)
+    if skipped and not path.is_dir():
+        first = next(iter(group.tensors), None)
+        raise UserError(
+            f"{path} is not a network of Wan2.1 (its first tensor is '{first}'); "
+            f"see `python -m convert inspect {path}`."
+        )
+    _say_skipped(path, skipped, "which is no network of Wan2.1")
+    return {network: group for network, (_, group) in found.items()}
+
+
+def _without_variants(places: Sequence[Path]) -> list[Path]:
+    """The places that are not the same weights again, in a form less plain than one beside it."""
+    kept = [p for p in places if not any(_is_variant(p, of=other) for other in places)]
+    for place in places:
+        if place not in kept:
+            _say_skipped(place.parent, [place], "since the plain file is there")
+    return kept
+
+
+def _is_variant(place: Path, of: Path) -> bool:
+    """Whether the names say so: `model.fp16.safetensors` of `model.safetensors`, a `.bin` or a lone
+    file of safetensors or shards of the same name."""
+    if place.parent != of.parent or place == of:
+        return False
+    (stem, *form), (plain, *plain_form) = _form(place), _form(of)
+    return _VARIANT.sub("", stem) == plain and (stem != plain or form > plain_form)
+
+
+def _form(place: Path) -> tuple[str, bool, bool]:
+    """A file's name without its format; whether the format is torch's; whether it is no index."""
+    index = _INDEX.match(place.name)
+    if index is None:
+        stem, is_torch = place.stem, place.suffix in TORCH_SUFFIXES
+    else:
+        stem, is_torch = index["stem"] + (index["variant"] or ""), index["kind"] == "bin"
+    return stem.removeprefix("pytorch_"), is_torch, index is None
+
+
+def _read_or_skip(place: Path, path: Path) -> Group | None:
+    """A group; None for a torch file that cannot be read and need not be of the checkpoint (a
+    trainer's `optimizer.bin`), which a warning then names."""
+    try:
+        return read_group(place)
+    except UserError as error:
+        _, is_torch, _ = _form(place)
+        if not path.is_dir() or not is_torch or _hinted(place) is not None:
+            raise
+        warnings.warn(f"skipped: {error}", stacklevel=2)
+        return None
+
+
+def _refuse_lone_shard(place: Path) -> None:
+    """A shard that no index names is a part of a network, which may look like the whole."""
+    if _SHARD.search(place.name):
+        stem = _SHARD.split(place.name)[0]
+        raise UserError(
+            f"{place} is one shard of several; fetch the {stem}.safetensors.index.json that names "
+            "them all and give the folder, or remove the shard."
+        )
+
+
+def _two_files(path: Path, network: str, first: Path, second: Path) -> UserError:
+    names = " and ".join(str(place.relative_to(path)) for place in (first, second))
+    return UserError(
+        f"{path} holds two files of the {network}, {names}; leave one, or give a single file."
+    )
+
+
+def _say_skipped(folder: Path, places: Sequence[Path], reason: str) -> None:
+    if places:
+        names = ", ".join(str(place.relative_to(folder)) for place in places[:_LISTED])
+        more = f" and {len(places) - _LISTED:,} more" if len(places) > _LISTED else ""
+        warnings.warn(f"skipped in {folder}: {names}{more}, {reason}.", stacklevel=3)
 
 
 def find_groups(path: Path, only: Collection[str] = ()) -> list[Path]:
     """What in a folder makes a network each: indices, for the shards they name, and lone files.
 
-    Official files whose names say that they are not in `only` are left out. Folders inside are
-    looked through as well, to the depth that ComfyUI's have.
+    Official files whose names say that they are not in `only` are left out, and so is what is
+    hidden (`._NAME` beside every file, from a Mac). Folders inside are looked through as well, to
+    the depth that ComfyUI's have.
     """
     if not path.is_dir():
         return [path]
-    files = [f for pattern in ("*", "*/*", "*/*/*") for f in sorted(path.glob(pattern))]
-    indices = [f for f in files if f.name.endswith(_INDEX)]
+    files = [
+        file
+        for pattern in ("*", "*/*", "*/*/*")
+        for file in sorted(path.glob(pattern))
+        if not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    indices = [f for f in files if _INDEX.match(f.name)]
     taken = {i.parent / name for i in indices for name in _weight_map(i).values()}
     found = list(indices)
     for file in files:
-        hint = next((n for k, n in _OFFICIAL_HINTS.items() if k in file.name.lower()), None)
+        hint = _hinted(file)
         unwanted = only and hint is not None and hint not in only
         if file.suffix in SUFFIXES and file.is_file() and file not in taken and not unwanted:
             found.append(file)
     return found
 
 
+def _hinted(file: Path) -> str | None:
+    """The network that an official file's name says."""
+    return next((n for k, n in _OFFICIAL_HINTS.items() if k in file.name.lower()), None)
+
+
 def read_group(path: Path) -> Group:
-    """The tensors of a file, of the shards of an index, or of a folder that holds one network."""
-    if path.name.endswith(_INDEX):
+    """The tensors of a file, or of the shards of an index."""
+    if _INDEX.match(path.name):
         return _read_shards(path)
-    if path.is_dir():
-        indices = sorted(path.glob(f"*{_INDEX}"))
-        files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
-        if len(indices) == 1:
-            return _read_shards(indices[0])
-        if len(files) != 1:
-            what = "no weights" if not files else f"{len(files)} files of weights and no one index"
-            raise UserError(f"{path} has {what}; fetch the folder again, with one set of weights.")
-        path = files[0]
     if not path.exists():
         raise UserError(f"There is no file '{path}'; check its name.")
     if path.suffix in TORCH_SUFFIXES:
@@ -301,6 +400,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     data = read_json(index).get("weight_map")
     if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
         raise UserError(f"{index} has no weight_map, and is no index; fetch it again.")
+    for name in data.values():
+        if name != Path(name).name or name in ("", ".."):
+            raise UserError(f"{index} names '{name}', which is not beside it; fetch it again.")
     return data
 
 

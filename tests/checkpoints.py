@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert.mapping import leaf_shapes
-from convert.networks import TABLES, layers, recognise
-from convert.sources import read_groups
+from convert.networks import TABLES, layers
+from convert.sources import read_networks
 from convert.table import from_native
 from examples.toy_tokenizer import train_toy_tokenizer
 from wanjax.models.clip import CLIPVisionConfig
@@ -145,8 +145,7 @@ def diffusers_folder(folder: Path) -> Path:
 def all_tensors(path: Path) -> dict[tuple[str, str], np.ndarray]:
     """Every tensor under `path`, by network and name."""
     found = {}
-    for group in read_groups(path):
-        network, _ = recognise(group.tensors)
+    for network, group in read_networks(path).items():
         found |= {(network, name): tensor for name, tensor in group.tensors.items()}
     return found
 

@@ -8,17 +8,20 @@ same command is run again.
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
+from jaxtyping import UInt8
 
 from configs import EncodeJob, command_line, parse_mesh
 from wanjax.conditioning import check_size, image_tokens, picture_condition, prepare, size_for
-from wanjax.data.clips import Window, read_dataset, summary, windows
+from wanjax.data.clips import Window, read_dataset, read_windows, windows
 from wanjax.data.features import FeatureSpec, FeatureWriter
-from wanjax.data.framing import fit
-from wanjax.data.video import probe
-from wanjax.errors import UserError, run_script
+from wanjax.data.framing import fit_picture
+from wanjax.data.report import summary
+from wanjax.errors import UserError, run_script, some
 from wanjax.pipeline import Pipeline
 from wanjax.precision import parse_dtype
 from wanjax.progress import progress_bar
@@ -28,7 +31,7 @@ from wanjax.weights import fingerprint
 def main() -> None:
     _, job = command_line(lambda preset: preset.encode, __doc__)
     shots = read_dataset(job.data, job.default_caption)
-    cut = windows(shots, job.frames, job.fps, job.stride, job.skip_short)
+    cut = windows(shots, job.frames, job.fps, job.stride, job.skip_short, job.cover_end)
     if not cut:
         raise UserError(
             f"No shot in {job.data} is as long as one window of {job.frames} frames at "
@@ -45,16 +48,26 @@ def main() -> None:
     todo = [window for window in cut if not writer.done(window.name)]
     sys.stderr.write(f"{summary(shots, cut)}; {width}x{height}, {len(todo)} to encode\n")
     texts = encode_captions(pipeline, todo)
+    damaged: list[str] = []
     pipeline.residents.enter("picture")
     with (
         pipeline.on_mesh(),
         progress_bar("Encoding", len(cut), done=len(cut) - len(todo)) as bar,
     ):
-        for window in todo:
-            arrays = encode_window(pipeline, job, window, height, width)
+        for window, frames in read_windows(todo, partial(fit_picture, height=height, width=width)):
+            if frames is None:
+                damaged.append(window.name)
+                continue
+            arrays = encode_window(pipeline, job, frames)
             caption = window.shot.caption
             writer.add(window.name, window.shot.split, caption, text=texts[caption], **arrays)
             bar.advance(note=window.name)
+    if damaged:
+        warnings.warn(
+            f"{some(damaged)} cannot be decoded and are left out; where the films are mended, the "
+            "same command encodes these windows.",
+            stacklevel=1,
+        )
     writer.finish()
 
 
@@ -65,7 +78,7 @@ def choose_size(job: EncodeJob, cut: Sequence[Window]) -> tuple[int, int]:
     if job.height is not None:
         size = job.height, job.width
     else:
-        info = probe(cut[0].shot.file)
+        info = cut[0].info
         size = size_for(info.height, info.width, job.area)
     check_size(job.frames, *size)
     return size
@@ -118,10 +131,10 @@ def encode_captions(pipeline: Pipeline, cut: Sequence[Window]) -> dict[str, np.n
 
 
 def encode_window(
-    pipeline: Pipeline, job: EncodeJob, window: Window, height: int, width: int
+    pipeline: Pipeline, job: EncodeJob, frames: UInt8[np.ndarray, "T H W 3"]
 ) -> dict[str, np.ndarray]:
-    """Latents of the window, and the condition that its own first frame gives."""
-    frames = fit(window.read().frames, height, width)
+    """Latents of a window's frames, and the condition that its own first frame gives."""
+    height, width = frames.shape[1:3]
     video = frames.astype(np.float32) / 127.5 - 1
     arrays = {"latents": np.asarray(pipeline.vae.encode(video[None])[0])}
     config = pipeline.configs["dit"]

@@ -9,7 +9,6 @@ What was denoised is written to OUT.latents.safetensors before it is decoded, an
 video is whole; after an interruption the same command decodes it, and other settings are refused.
 """
 
-import json
 import math
 import sys
 import warnings
@@ -39,6 +38,7 @@ from wanjax.pictures import read_picture
 from wanjax.pipeline import Conditioned, Pipeline
 from wanjax.precision import parse_dtype
 from wanjax.solvers import make_schedule
+from wanjax.text_files import read_objects
 from wanjax.weights import fingerprint
 
 PER_VIDEO = frozenset(
@@ -189,31 +189,18 @@ def check(video: SampleJob) -> None:
 
 def read_jobs(job: SampleJob) -> list[SampleJob]:
     """One request a line; paths are as they stand, relative to the working folder."""
-    try:
-        lines = job.jobs.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"{job.jobs} cannot be read ({reason}); check --jobs.") from error
     videos, places = [], set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        video = replace(job, **parse_job(line, where=f"{job.jobs}:{number}"))
+    for where, given in read_objects(job.jobs):
+        video = replace(job, **parse_job(given, where))
         if video.out in places:
-            raise UserError(f"{job.jobs}:{number} writes {video.out}, as an earlier line does.")
+            raise UserError(f"{where} writes {video.out}, as an earlier line does.")
         places.add(video.out)
         videos.append(video)
     return videos
 
 
-def parse_job(line: str, where: str) -> dict:
+def parse_job(given: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields of one line, each of a known name and of its kind."""
-    try:
-        given = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}); write one object a line.") from error
-    if not isinstance(given, dict):
-        raise UserError(f"{where} is not a JSON object; write {{...}} with `out` and others.")
     kinds = {f.name: f.type for f in fields(SampleJob)}
     for name, value in given.items():
         if name not in PER_VIDEO:

@@ -39,6 +39,8 @@ class EncodeJob:
     """Caption of the clips that have none."""
     skip_short: bool = False
     """Leave out shots that are shorter than one window; otherwise they are an error."""
+    cover_end: bool = False
+    """Where windows leave the end of a shot over, add one that ends with it."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of umT5 and of the cached features; CLIP and the VAE run in fp32."""
     mesh: str | None = None

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from PIL import Image
 
 from tests.test_video import counter, numbers
-from wanjax.data.clips import read_dataset, summary, windows
+from wanjax.data.clips import read_dataset, read_windows, windows
 from wanjax.data.framing import fit
+from wanjax.data.report import summary
 from wanjax.data.video import read_video
 from wanjax.errors import UserError
 
@@ -40,7 +42,7 @@ def test_captions_beside_films(tmp_path):
     ]
     cut = windows(shots, frames=17, fps=16)
     assert [w.name for w in cut] == [f"{n}@{k}" for n in ("a", "b", "more/a") for k in (0, 17)]
-    assert summary(shots, cut) == "3 films, 3 shots, 6 windows (train 6)"
+    assert summary(shots, cut).startswith("3 films, 3 shots, 6 windows (train 6); behind")
 
 
 def test_windows_hold_the_frames_of_their_times(tmp_path):
@@ -68,7 +70,9 @@ def test_windows_stay_inside_their_shots(tmp_path):
         first, last = (round(t * 24) for t in (window.shot.start, window.shot.end))
         shown = numbers(window.read().frames)
         assert first <= shown[0] and shown[-1] < last
-    assert summary(shots, cut) == "1 film, 3 shots, 7 windows (train 4, validation 3)"
+    assert summary(shots, cut) == (
+        "1 film, 3 shots, 7 windows (train 4, validation 3); behind last windows: 0.4 s"
+    )
 
 
 def test_a_shot_shorter_than_a_window(tmp_path):
@@ -79,7 +83,9 @@ def test_a_shot_shorter_than_a_window(tmp_path):
         windows(shots)
     cut = windows(shots, skip_short=True)
     assert [w.name for w in cut] == ["long@0"]
-    assert summary(shots, cut).endswith("1 window (train 1); shorter than a window: 1")
+    assert summary(shots, cut).endswith(
+        "1 window (train 1); shorter than a window: 1; behind last windows: 0.4 s"
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,13 +123,122 @@ def test_faulty_folders_are_named(tmp_path):
     with pytest.raises(UserError, match=r"a\.mp4 has no caption; write one into .*a\.txt, or"):
         read_dataset(tmp_path)
     (tmp_path / "a.txt").write_bytes("Ä".encode("latin1"))
-    with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
+    with pytest.raises(UserError, match=r"a\.txt:1 is not UTF-8"):
         read_dataset(tmp_path)
     Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
     with pytest.raises(UserError, match=r"b\.png is a picture, .*needs films"):
         read_dataset(tmp_path)
     with pytest.raises(UserError, match=r"frames=32 is not 4n\+1; use 29"):
         windows([], frames=32)
+
+
+def test_films_of_every_suffix_and_in_linked_folders(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    for name in ("a.MTS", "b.m2ts", "c.3gp", "d.MP4"):
+        film(tmp_path / "film.ts" if "ts" in name.lower() else tmp_path / "film.mp4", 12)
+        data.mkdir(exist_ok=True)
+        (data / name).write_bytes(next(tmp_path.glob("film.*")).read_bytes())
+        next(tmp_path.glob("film.*")).unlink()
+    film(other / "sub/e.mp4", 12)
+    (data / "linked").symlink_to(other)
+    (other / "sub/round").symlink_to(data)  # and back: it ends there
+    shots = read_dataset(data, default_caption="c")
+    assert [shot.name for shot in shots] == ["a", "b", "c", "d", "linked/sub/e"]
+    assert len(windows(shots, frames=5)) == 5
+
+
+def test_what_is_left_out_is_named(tmp_path):
+    for name in "abcdef":
+        film(tmp_path / f"{name}.mp4", 12)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "lost.txt").write_text("belongs to no film")
+    (tmp_path / "notes.srt").write_text("no film")
+    (tmp_path / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    with pytest.warns(
+        UserWarning, match=r"gone\.mp4, .*lost\.txt, .*notes\.srt in .* are left out"
+    ):
+        read_dataset(tmp_path, default_caption="c")
+    for name in ("lost.txt", "notes.srt", "gone.mp4"):
+        (tmp_path / name).unlink()
+    listing(tmp_path, {"file": "b.mp4", "caption": "b", "start": None, "end": None, "split": None})
+    said = r"a\.mp4, .*c\.mp4, .*d\.mp4 and 2 others are left out, as no line of .*metadata\.jsonl"
+    with pytest.warns(UserWarning, match=said):
+        (shot,) = read_dataset(tmp_path)
+    assert (shot.start, shot.end, shot.split) == (0, None, "train")
+
+
+def test_names_that_are_no_utf8_are_read(tmp_path):
+    place = os.fsencode(tmp_path) + "/café.mp4".encode("latin1")
+    os.rename(film(tmp_path / "a.mp4", 12), place)
+    (shot,) = read_dataset(tmp_path, default_caption="a \udcff c")
+    assert (shot.name, shot.caption) == ("caf\\xe9", "a \ufffd c")
+    (window,) = windows([shot], frames=5, cover_end=False, stride=99)
+    assert window.name == "caf\\xe9@0" and window.read().frames.shape == (5, 32, 48, 3)
+
+
+def test_all_films_without_a_caption_are_named_at_once(tmp_path):
+    for name in "abcde":
+        film(tmp_path / f"{name}.mp4", 12)
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "c.txt").write_text(" \n")
+    with pytest.raises(
+        UserError,
+        match=r"a\.mp4, .*c\.mp4, .*d\.mp4 and 1 other have no .*a\.txt.* --default-caption",
+    ):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spans", "shared"),
+    [
+        ([(0, 1, "train"), (0.9, 2, "validation")], True),
+        ([(0, None, "test"), (1, 2, "train")], True),
+        ([(0, 2, "train"), (0.1, 0.2, "train"), (1, 1.5, "validation")], True),
+        ([(0, 1, "train"), (1, 2, "validation")], False),
+        ([(0, 1.005, "train"), (1, 2, "validation")], False),  # rounded seconds
+        ([(0, 1.5, "train"), (1, 2, "train")], False),
+    ],
+)
+def test_shots_of_different_splits_share_no_frames(tmp_path, spans, shared):
+    film(tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").symlink_to(tmp_path / "a.mp4")
+    entries = [
+        {"file": name, "caption": "c", "start": start, "end": end, "split": split}
+        for name, (start, end, split) in zip(("a.mp4", "b.mp4", "b.mp4"), spans)
+    ]
+    if not shared:
+        assert len(read_dataset(listing(tmp_path, *entries))) == len(spans)
+        return
+    with pytest.raises(
+        UserError, match=r"\((train|test)\) and .*\((train|validation)\) share frames"
+    ):
+        read_dataset(listing(tmp_path, *entries))
+
+
+def test_one_more_window_may_end_with_the_shot(tmp_path):
+    film(tmp_path / "a.mp4", 60)  # 40 frames at 16 fps
+    shots = read_dataset(tmp_path, default_caption="c")
+    cut = windows(shots, frames=17)
+    assert [w.name for w in cut] == ["a@0", "a@17"]
+    assert summary(shots, cut).endswith("; behind last windows: 0.4 s")
+    cut = windows(shots, frames=17, cover_end=True)
+    assert [w.name for w in cut] == ["a@0", "a@17", "a@23"]
+    assert numbers(cut[-1].read().frames) == [int(k * 1.5) for k in range(23, 40)]
+    assert "behind" not in summary(shots, cut)
+    assert len(windows(shots, frames=5, stride=5, cover_end=True)) == 8  # none is left over
+
+
+def test_windows_are_read_film_by_film(tmp_path):
+    film(tmp_path / "a.mp4", 60)
+    film(tmp_path / "b.mp4", 60)
+    shots = read_dataset(tmp_path, default_caption="c")
+    cut = windows(shots, frames=9, stride=4)
+    mixed = [cut[i] for i in np.random.default_rng(0).permutation(len(cut))]
+    read = list(read_windows(mixed, lambda picture: picture[:16]))
+    assert len(read) == len(cut)
+    assert [w.shot.name for w, _ in read] in (["a"] * 8 + ["b"] * 8, ["b"] * 8 + ["a"] * 8)
+    for window, frames in read:
+        np.testing.assert_array_equal(frames, window.read().frames[:, :16])
 
 
 def test_fit_covers_and_crops_at_the_centre():

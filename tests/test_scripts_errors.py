@@ -234,7 +234,7 @@ SAMPLE = {
     "lora is a folder": (("--lora", "clips"), "clips is not a run of train.py"),
     "strength": (("--lora", "run:strong"), "no number after its last colon; write PATH:0.8"),
     "jobs missing": (("--jobs", "j.jsonl"), "j.jsonl cannot be read"),
-    "jobs are none": (("--jobs", "picture.png"), "picture.png cannot be read .it is not UTF-8"),
+    "jobs are none": (("--jobs", "picture.png"), "picture.png:1 is not UTF-8"),
     "preprocess": (("--preprocess", "diffuser"), "'diffuser' is no .* mean 'diffusers'"),
 }
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each row imports only rows before it.
 ROWS = [
     ["types", "errors", "progress"],
-    ["precision", "sharding", "rope", "outputs", "residency"],
+    ["precision", "sharding", "rope", "outputs", "residency", "text_files"],
     ["attention", "tensor_files"],
     ["nn"],
     ["causal"],

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wanjax.data.video import _rgb, probe, read_video, write_video
+from wanjax.data.decoding import rgb as to_rgb
+from wanjax.data.video import probe, read_video, write_video
 from wanjax.errors import UserError
 
 ASSETS = Path(__file__).resolve().parents[1] / "../shared/assets"
@@ -261,7 +262,7 @@ def test_real_films(name, size, frames, seconds):
     ours, _ = read_video(ASSETS / name, fps=16, start=start, frames=5)
     with av.open(str(ASSETS / name)) as container:  # no seeking: every frame from the beginning
         decoded = [(f.time, f) for f in container.decode(video=0) if f.time < start + 1]
-    rgb = partial(_rgb, width=size[0], height=size[1])
+    rgb = partial(to_rgb, width=size[0], height=size[1])
     for k, mine in enumerate(ours):
         frame = [f for time, f in decoded if time <= start + k / 16 + 1e-3][-1]
         assert np.abs(mine.astype(int) - rgb(frame)).max() == 0

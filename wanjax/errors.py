@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 
 class UserError(Exception):
@@ -21,6 +21,13 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
     if len(candidates) > 16:
         return "; none of the names known here is like it, check what was given."
     return "; choose from " + ", ".join(candidates) + "."
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, and how many others there are."""
+    others = len(names) - most
+    listed = ", ".join(names[:most])
+    return f"{listed} and {others} other{'s' * (others > 1)}" if others > 0 else listed
 
 
 def run_script(main: Callable[[], None]) -> None:

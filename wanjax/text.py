@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from wanjax.errors import UserError
 from wanjax.models.dit import DiTConfig
+from wanjax.text_files import whole_characters
 from wanjax.types import PathLike, Tokens
 
 PAD, END = 0, 1
@@ -51,8 +52,9 @@ def check_vocabulary(tokens: Tokens, rows: int, folder: Path) -> None:
 
 
 def clean(prompt: str) -> str:
-    """Mend broken Unicode, resolve HTML entities, and make every run of white space one blank."""
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    """Mend broken Unicode and halves of characters, resolve HTML entities, and make every run of
+    white space one blank."""
+    text = html.unescape(html.unescape(ftfy.fix_text(whole_characters(prompt))))
     return re.sub(r"\s+", " ", text).strip()
 
 

@@ -3,24 +3,41 @@
 `DIR` holds films and either `NAME.txt` beside `NAME.mp4`, or `metadata.jsonl` with one object a
 line: {"file": "a.mp4", "caption": "...", "start": 2.5, "end": 6.0, "split": "train"}. `start` and
 `end` (seconds) select one shot of a film; they and `split` may be left out. A window never reaches
-from one shot into another.
+from one shot into another, nor over what cannot be decoded. What is in DIR and is not used is named
+in a warning.
 """
 
 import json
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-from wanjax.data.video import VideoInfo, probe, read_video
-from wanjax.errors import UserError, nearest
+import numpy as np
+from jaxtyping import UInt8
+
+from wanjax.data.video import ROUNDING, Pictures, VideoInfo, probe, read_stretches, read_video
+from wanjax.errors import UserError, nearest, some
 from wanjax.progress import progress_bar
+from wanjax.text_files import read_objects, read_text, whole_characters
 from wanjax.types import Clip, PathLike
 
-FILMS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
+FILMS = {
+    *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".ogv", ".ogm"),
+    *(".avi", ".divx", ".wmv", ".asf", ".flv", ".rm", ".rmvb", ".mpg", ".mpeg", ".mpe", ".m2v"),
+    *(".vob", ".ts", ".mts", ".m2ts", ".m2t", ".trp", ".mod", ".tod", ".mxf", ".dv", ".y4m"),
+}
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".avif"}
 SPLITS = ("train", "validation", "test")
 KEYS = {"file": str, "caption": str, "start": (int, float), "end": (int, float), "split": str}
+LISTING = "metadata.jsonl"
+SHARED = 0.02  # seconds by which cut lists in rounded seconds may let two shots overlap
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -35,26 +52,42 @@ class Shot:
     split: str = "train"
 
     def __str__(self) -> str:
-        if not self.start and self.end is None:
+        if self.whole:
             return str(self.file)
         until = "its end" if self.end is None else f"{self.end:g} s"
         return f"{self.file} from {self.start:g} s to {until}"
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of its film."""
+        return not self.start and self.end is None
+
+    def spans(self, info: VideoInfo, fps: float) -> list[range]:
+        """The numbers of its frames at `fps`, counted from its start, that can be decoded."""
+        spans = []
+        for begin, end in info.stretches:
+            first = max(0, math.ceil((begin - self.start - ROUNDING) * fps))
+            end = end if self.end is None else min(end, self.end)
+            spans.append(range(first, info.count(fps, self.start, end)))
+        return [span for span in spans if span]
+
 
 @dataclass(frozen=True)
 class Window:
-    """Where one training example lies: `frames` frames from `start` seconds on, at `fps`."""
+    """Where one training example lies: `frames` frames from `start` seconds on, at `fps`, in a film
+    of which `info` tells."""
 
     name: str
     shot: Shot
     start: float
     frames: int
     fps: float
+    info: VideoInfo
 
     def read(self) -> Clip:
         """Decode it. Raises `UserError` if the film is damaged there."""
         frames, source = read_video(
-            self.shot.file, fps=self.fps, start=self.start, frames=self.frames
+            self.shot.file, fps=self.fps, start=self.start, frames=self.frames, info=self.info
         )
         return Clip(self.name, frames, self.fps, self.shot.caption, source)
 
@@ -62,17 +95,25 @@ class Window:
 def read_dataset(folder: PathLike, default_caption: str | None = None) -> list[Shot]:
     """The shots of the data set in `folder`, in the order of `metadata.jsonl` or of file names.
 
-    Raises `UserError` that names the film without a caption (unless `default_caption` is given),
-    the faulty line of `metadata.jsonl`, or a picture, which is not a film.
+    Raises `UserError` that names the films without a caption (unless `default_caption` is given),
+    the faulty line of `metadata.jsonl`, a picture, which is no film, or two shots of different
+    splits that share frames. Warns of the films and other files that it leaves out.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; name the one that holds the films.")
-    listing = folder / "metadata.jsonl"
-    shots = _listed(listing) if listing.is_file() else _found(folder)
+    listing = folder / LISTING
+    films = _films(folder)
+    if listing.is_file():
+        shots = [_entry(entry, where, folder) for where, entry in read_objects(listing)]
+        _warn_unlisted(films, shots, listing)
+    else:
+        shots = [Shot(file, _name(file, folder), caption="") for file in films]
     if not shots:
         raise UserError(f"{folder} holds no films; put MP4, MOV, MKV or WebM files into it.")
-    return [_captioned(shot, listing, default_caption) for shot in shots]
+    _refuse_shared(shots)
+    default = None if default_caption is None else whole_characters(default_caption)
+    return _captioned(shots, listing, default)
 
 
 def windows(
@@ -81,12 +122,14 @@ def windows(
     fps: float | int = 16,
     stride: int | None = None,
     skip_short: bool = False,
+    cover_end: bool = False,
 ) -> list[Window]:
     """Every window of `frames` frames at `fps` that fits inside a shot, each `stride` frames on.
 
-    `stride` defaults to `frames`, which is no overlap. Names are `NAME@N`, N the frame at `fps` at
-    which the window begins in its film: they stay when other films come or go. A shot shorter than
-    one window is an error, or left out with `skip_short`.
+    `stride` defaults to `frames`, which is no overlap. With `cover_end` one more window ends with
+    the shot, where the others leave frames over. Names are `NAME@N`, N the frame at `fps` at which
+    the window begins in its film: they stay when other films come or go. A shot shorter than one
+    window is an error, or left out with `skip_short`.
     """
     stride = frames if stride is None else stride
     if frames < 1 or frames % 4 != 1:
@@ -98,12 +141,13 @@ def windows(
     for shot in shots:
         info = films[shot.file]
         _check_inside(shot, info)
-        available = info.count(fps, shot.start, shot.end)
+        spans = shot.spans(info, fps)
+        available = max(map(len, spans), default=0)
         if available < frames and not skip_short:
             raise UserError(_too_short(shot, available, frames, fps))
-        for first in range(0, available - frames + 1, stride):
+        for first in (n for span in spans for n in _firsts(span, frames, stride, cover_end)):
             name = f"{shot.name}@{round(shot.start * fps) + first}"
-            window = Window(name, shot, shot.start + first / fps, frames, float(fps))
+            window = Window(name, shot, shot.start + first / fps, frames, float(fps), info)
             if name in found:
                 raise UserError(
                     f"{shot} and {found[name].shot} give two windows one name, {name}; "
@@ -113,44 +157,92 @@ def windows(
     return list(found.values())
 
 
-def summary(shots: Sequence[Shot], cut: Sequence[Window]) -> str:
-    """Counts in one line: films, shots, windows per split, and the shots that gave none."""
-    used = {window.shot for window in cut}
-    splits = Counter(window.shot.split for window in cut)
-    films = {shot.file for shot in shots}
-    counts = (len(films), "film"), (len(shots), "shot"), (len(cut), "window")
-    text = ", ".join(f"{count} {noun}{'s' * (count != 1)}" for count, noun in counts)
-    text += f" ({', '.join(f'{s} {splits[s]}' for s in SPLITS if splits[s]) or 'none'})"
-    left_out = sum(shot not in used for shot in shots)
-    return text + (f"; shorter than a window: {left_out}" if left_out else "")
+def read_windows(
+    cut: Sequence[Window],
+    convert: Callable[[UInt8[np.ndarray, "H0 W0 3"]], UInt8[np.ndarray, "H W 3"]] = np.asarray,
+) -> Iterator[tuple[Window, Pictures | None]]:
+    """Each window with its frames, each of which `convert` has brought to its size.
+
+    Film by film, in the order of time: each film is decoded once, in a thread, one window ahead of
+    the one that is used. None where the film is damaged, contrary to what was found in it.
+    """
+    films: dict[Path, list[Window]] = {}
+    for window in cut:
+        films.setdefault(window.shot.file, []).append(window)
+
+    def read() -> Iterator[tuple[Window, Pictures | None]]:
+        for file, group in films.items():
+            group.sort(key=lambda window: window.start)
+            first, starts = group[0], [window.start for window in group]
+            stretches = read_stretches(file, first.info, starts, first.frames, first.fps, convert)
+            for window, taken in zip(group, stretches, strict=True):
+                yield window, np.stack(taken) if len(taken) == window.frames else None
+
+    return _ahead(read())
 
 
-def _found(folder: Path) -> list[Shot]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    files = [f for f in files if not any(p.startswith(".") for p in f.relative_to(folder).parts)]
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the next of which is made in a thread while one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def _firsts(span: range, frames: int, stride: int, cover_end: bool) -> list[int]:
+    """The first frames of the windows in a span of frames."""
+    last = span.stop - frames
+    firsts = list(range(span.start, last + 1, stride))
+    return [*firsts, last] if cover_end and firsts and firsts[-1] < last else firsts
+
+
+def _films(folder: Path) -> list[Path]:
+    """The films in a folder and those below it, links followed; other files are warned of."""
+    files = [file for file in sorted(_files(folder)) if file != folder / LISTING]
     for file in files:
         _refuse_picture(file)
-    return [
-        Shot(file, _name(file, folder), caption="")
-        for file in files
-        if file.suffix.lower() in FILMS
-    ]
+    films = [file for file in files if file.suffix.lower() in FILMS and file.is_file()]
+    captions = {film.with_suffix(".txt") for film in films}
+    others = [str(file) for file in files if file not in captions.union(films)]
+    if others:
+        warnings.warn(
+            f"{some(others)} in {folder} {'is' if len(others) == 1 else 'are'} left out: no film "
+            "by its name, no caption beside one, or a link to nothing.",
+            stacklevel=3,
+        )
+    return films
 
 
-def _listed(listing: Path) -> list[Shot]:
-    shots = []
-    for number, line in enumerate(listing.read_text("utf-8-sig").splitlines(), 1):
-        if line.strip():
-            shots.append(_entry(line, f"{listing}:{number}", listing.parent))
-    return shots
-
-
-def _entry(line: str, where: str, folder: Path) -> Shot:
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """All files below `folder` but hidden ones; a link back to a folder `above` ends there."""
+    real = folder.resolve()
+    if real in above:
+        return []
+    files = []
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error}); write one object a line.") from error
-    if not isinstance(entry, dict) or "file" not in entry:
+        for entry in folder.iterdir():
+            if not entry.name.startswith("."):
+                files += _files(entry, (*above, real)) if entry.is_dir() else [entry]
+    except PermissionError as error:
+        raise UserError(f"{folder} may not be read; change its permissions.") from error
+    return files
+
+
+def _warn_unlisted(films: Sequence[Path], shots: Sequence[Shot], listing: Path) -> None:
+    listed = {shot.file.resolve() for shot in shots}
+    missing = [str(film) for film in films if film.resolve() not in listed]
+    if missing:
+        warnings.warn(
+            f"{some(missing)} {'is' if len(missing) == 1 else 'are'} left out, as no line of "
+            f"{listing} names {'it' if len(missing) == 1 else 'them'}.",
+            stacklevel=3,
+        )
+
+
+def _entry(entry: dict[str, Any], where: str, folder: Path) -> Shot:
+    entry = {key: value for key, value in entry.items() if value is not None}
+    if "file" not in entry:
         raise UserError(f'{where} names no film; write {{"file": "a.mp4", "caption": "..."}}.')
     for key, value in entry.items():
         if key not in KEYS:
@@ -164,7 +256,7 @@ def _entry(line: str, where: str, folder: Path) -> Shot:
         raise UserError(f"{where} has start={start} and end={end}; let 0 <= start < end.")
     file = folder / entry["file"]
     _refuse_picture(file)
-    if not file.is_file():
+    if "\0" in entry["file"] or not file.is_file():
         raise UserError(f"{where} names {file}, which is not there; mend the line or add the file.")
     caption = entry.get("caption", "")
     end = None if end is None else float(end)
@@ -172,8 +264,10 @@ def _entry(line: str, where: str, folder: Path) -> Shot:
 
 
 def _name(file: Path, folder: Path) -> str:
+    """Its path in the folder, without a suffix; bytes that are not UTF-8 are written out."""
     inside = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
-    return "/".join(inside.with_suffix("").parts)
+    name = "/".join(inside.with_suffix("").parts)
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _refuse_picture(file: Path) -> None:
@@ -184,20 +278,40 @@ def _refuse_picture(file: Path) -> None:
         )
 
 
-def _captioned(shot: Shot, listing: Path, default: str | None) -> Shot:
-    beside = shot.file.with_suffix(".txt")
-    caption = shot.caption.strip()
-    if not caption and beside.is_file():
-        try:
-            caption = beside.read_text("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{beside} is not UTF-8 text; save it again as UTF-8.") from error
-    if not caption and default is None:
+def _refuse_shared(shots: Sequence[Shot]) -> None:
+    """Refuse two shots of one film that overlap and are of different splits."""
+    latest: dict[tuple[Path, str], tuple[float, Shot]] = {}
+    for shot in sorted(shots, key=lambda shot: shot.start):
+        film = shot.file.resolve()
+        for split in SPLITS:
+            end, other = latest.get((film, split), (0.0, shot))
+            if split != shot.split and end - shot.start > SHARED:
+                raise UserError(
+                    f"{other} ({other.split}) and {shot} ({shot.split}) share frames, so that one "
+                    "split would be seen in the other; let them not overlap."
+                )
+        end = math.inf if shot.end is None else shot.end
+        if end > latest.get((film, shot.split), (0.0, shot))[0]:
+            latest[film, shot.split] = end, shot
+
+
+def _captioned(shots: Sequence[Shot], listing: Path, default: str | None) -> list[Shot]:
+    """Each shot with its own caption, the one beside its film, or the default."""
+    captions = [shot.caption.strip() or _caption_beside(shot.file) or default for shot in shots]
+    missing = [str(shot) for shot, caption in zip(shots, captions) if not caption]
+    if missing:
+        beside = shots[captions.index(next(c for c in captions if not c))].file.with_suffix(".txt")
         line = f' or a "caption" in {listing}' if listing.is_file() else ""
         raise UserError(
-            f"{shot} has no caption; write one into {beside}{line}, or give a default caption."
+            f"{some(missing)} {'has' if len(missing) == 1 else 'have'} no caption; write one into "
+            f"{beside}{line}, or give all that have none a --default-caption."
         )
-    return Shot(shot.file, shot.name, caption or default, shot.start, shot.end, shot.split)
+    return [replace(shot, caption=caption) for shot, caption in zip(shots, captions)]
+
+
+def _caption_beside(film: Path) -> str:
+    beside = film.with_suffix(".txt")
+    return read_text(beside).strip() if beside.is_file() else ""
 
 
 def _probed(shots: Sequence[Shot]) -> dict[Path, VideoInfo]:

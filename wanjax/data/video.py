@@ -6,49 +6,68 @@ included; nothing is ever spread evenly to fit a length. Time 0 is the first fra
 
 What is handled: rotation and mirroring by the display matrix (phones), pixels that are not square
 (widened), colour matrix and range by the file's tags (untagged: BT.709 from 720 lines up, BT.601
-below, as players do). HDR (PQ, HLG) is refused. Interlaced film is read as it is.
+below, as players do), interlaced film (deinterlaced), films that begin between key frames, that
+carry no presentation times (AVI), or whose times jump (pieces laid end to end). HDR (PQ, HLG) is
+refused.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice, pairwise, takewhile
 from pathlib import Path
 
 import av
 import numpy as np
-from av.sidedata.sidedata import Type as SideData
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.format import Flags
+from av.video.reformatter import ColorRange, Colorspace
 from jaxtyping import Float, UInt8
 
+from wanjax.data.decoding import (
+    EXACT,
+    decoded,
+    opened,
+    progressive,
+    refuse_hdr,
+    rgb,
+    square_pixels,
+    unreadable,
+)
 from wanjax.errors import UserError
 from wanjax.outputs import whole_file
 from wanjax.types import PathLike
 
 # Containers round timestamps, Matroska to a millisecond: a frame due this much later is shown now.
 ROUNDING = 1e-3
-UNSPECIFIED, HDR_TRANSFERS = 2, (16, 18)  # FFmpeg's AVCOL_SPC_UNSPECIFIED; PQ and HLG
+REORDERED = 17  # frames: as far as any codec brings frames out of order, and one more
+JUMP = 10.0  # seconds by which the times of a stream that may be broken off jump ahead
+FAR = 10.0  # seconds of a film that are rather skipped than decoded
+BROKEN_OFF = Flags.ts_discont.value  # of containers whose times may break off at any place
 BT709 = 1  # the same number for FFmpeg's primaries, transfer and matrix
-# Without these, FFmpeg's conversion to RGB comes out a grey level too dark.
-EXACT = (
-    Interpolation.BICUBIC
-    | Interpolation.ACCURATE_RND
-    | Interpolation.FULL_CHR_H_INP
-    | Interpolation.FULL_CHR_H_INT
-)
+
+Pictures = UInt8[np.ndarray, "T H W 3"]
+Timed = Iterator[tuple[av.VideoFrame | None, float]]
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """`width` and `height` as shown, mean source `fps`, `duration` in seconds, source `frames`."""
+    """`width` and `height` as shown, mean source `fps`, `duration` in seconds, source `frames`.
+
+    `stretches` are the spans of time (seconds) in which every frame can be decoded. Where the
+    file's own times cannot be trusted, `times` has that of every frame, in the decoder's order.
+    """
 
     width: int
     height: int
     fps: float
     duration: float
     frames: int
+    interlaced: bool
+    origin: float
+    stretches: tuple[tuple[float, float], ...]
+    times: tuple[float, ...] | None = None
 
     def count(
         self, fps: float | int, start: float | int = 0, end: float | int | None = None
@@ -59,35 +78,46 @@ class VideoInfo:
 
 
 def probe(path: PathLike) -> VideoInfo:
-    """Size, rate and exact length, from one pass over the packets, without decoding them.
+    """Size, rate, exact length, and what of it can be read.
 
-    Raises `UserError` for what is not a video, has none in it, or is cut off.
+    One pass over the packets. Where these do not tell for certain what a decoder makes of them,
+    the whole film is decoded. Raises `UserError` for what is no video or is cut off.
     """
     path = Path(path)
-    with _opened(path) as (container, stream):
-        frame = next(_decoded(container, stream, path), None)
-        if frame is None:
-            raise _unreadable(path, "no frame in it can be decoded")
-        height, width = _rgb(frame, *_square_pixels(stream)).shape[:2]
-    with _opened(path) as (container, stream):
-        times, end = [], 0.0
-        for packet in container.demux():
-            if packet.is_corrupt:
-                raise _unreadable(path, "it is cut off or damaged")
-            time = packet.pts if packet.pts is not None else packet.dts
-            if time is None:
-                continue
-            if packet.stream.index == stream.index and not packet.is_discard:
-                times.append(float(time * packet.time_base))
-            end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
-        _check_whole(path, container, stream, end)
+    with opened(path) as (container, stream):
+        first = next(decoded(container, stream), None)
+        if first is None:
+            raise unreadable(path, "no frame in it can be decoded")
+        refuse_hdr(first.color_trc, path)
+        height, width = rgb(first, *square_pixels(stream)).shape[:2]
+        interlaced = bool(first.interlaced_frame)
+    with opened(path) as (container, stream):
+        packets = _scan(container, stream, path)
         rate = float(stream.average_rate or stream.guessed_rate or 0)
-    times.sort()
+    trusted = packets.trusted and packets.shown[0] == first.pts
+    if trusted:
+        seconds = [float(time * first.time_base) for time in packets.shown]
+        origin, breaks = seconds[0], [0]
+        times = [time - origin for time in seconds]
+    else:
+        origin, times, breaks = _decode_times(path)
+        rate = (len(times) - 1) / times[-1] if len(times) > 1 else rate
     if len(times) == 1 and not rate:
-        raise _unreadable(path, "it has a single frame and no rate")
-    last = times[-1] - times[-2] if len(times) > 1 else 1 / rate
-    duration = times[-1] - times[0] + last
-    return VideoInfo(width, height, rate or len(times) / duration, duration, len(times))
+        raise unreadable(path, "it has a single frame and no rate")
+    # A frame that none follows is shown for as long as the one before it.
+    lasts = [times[n - 1] - times[n - 2] if n > 1 else 1 / rate for n in [*breaks[1:], len(times)]]
+    ends = [times[n - 1] + last for n, last in zip([*breaks[1:], len(times)], lasts)]
+    return VideoInfo(
+        width=width,
+        height=height,
+        fps=rate or len(times) / ends[-1],
+        duration=ends[-1],
+        frames=len(times),
+        interlaced=interlaced,
+        origin=origin,
+        stretches=tuple((times[n], end) for n, end in zip(breaks, ends)),
+        times=None if trusted else tuple(times),
+    )
 
 
 def read_video(
@@ -96,29 +126,55 @@ def read_video(
     fps: float | int | None = None,
     start: float | int = 0,
     frames: int | None = None,
-) -> tuple[UInt8[np.ndarray, "T H W 3"], float]:
+    info: VideoInfo | None = None,
+) -> tuple[Pictures, float]:
     """Frames from `start` (seconds) on, and the source's mean rate.
 
     With `fps`, the frame shown at `start + k / fps` for each k; without, every frame as it comes.
     `frames` of them, or all (the caller has the memory for them). Decoding streams, and begins at
-    the key frame before `start`. Raises `UserError` if the video ends before, or cannot be read.
+    the key frame before `start`. `info` is what `probe` found, where that is known. Raises
+    `UserError` if the video ends before, or cannot be read.
     """
     path = Path(path)
-    if frames is None:
-        probe(path)  # refuses a file that is cut off, which would otherwise just end early
-    with _opened(path) as (container, stream):
-        size = _square_pixels(stream)
-        shown = _shown_from(container, stream, path, start)
-        chosen = _by_time(shown, start, fps) if fps else (frame for frame, _ in shown)
-        taken = [_rgb(frame, *size) for frame in islice(chosen, frames)]
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-    if not taken or len(taken) < (frames or 1):
+    info = info or probe(path)
+    if fps:
+        wanted = info.count(fps, start) if frames is None else frames
+        taken = next(read_stretches(path, info, [start], wanted, fps)) if wanted else []
+    else:
+        wanted = frames
+        with opened(path) as (container, stream):
+            size = square_pixels(stream)
+            shown = _shown_from(container, stream, info, start)
+            later = (f and rgb(f, *size) for f, until in shown if until > start + ROUNDING)
+            taken = _until_lost(islice(later, frames))
+    if not len(taken) or len(taken) < (wanted or 1):
         raise UserError(
-            f"{path} ends after {len(taken)} of the {frames or 1} frames asked for"
+            f"{path} ends after {len(taken)} of the {wanted or 1} frames asked for"
             f"{f' at {fps:g} fps' if fps else ''} from {start:.3f} s on; "
             "ask for fewer, or start earlier."
         )
-    return np.stack(taken), rate
+    return np.stack(taken), info.fps
+
+
+def read_stretches(
+    path: Path,
+    info: VideoInfo,
+    starts: Sequence[float],
+    frames: int,
+    fps: float | int,
+    convert: Callable[[UInt8[np.ndarray, "H0 W0 3"]], UInt8[np.ndarray, "H W 3"]] = np.asarray,
+) -> Iterator[list[UInt8[np.ndarray, "H W 3"]]]:
+    """`frames` frames at `fps` from each of `starts` (seconds, ascending), in one pass.
+
+    `info` is what `probe` found. Each source frame is decoded once and each picture made once, by
+    `convert`, whatever stretches it belongs to; what no stretch needs is skipped. A stretch is
+    shorter where the film ends, or where a frame is lost, contrary to what was found.
+    """
+    for run in _runs(starts, FAR + frames / fps if info.times is None else math.inf):
+        with opened(path) as (container, stream):
+            size = square_pixels(stream)
+            shown = _shown_from(container, stream, info, run[0])
+            yield from _sweep(shown, run, frames, fps, lambda f: convert(rgb(f, *size)))  # noqa: B023
 
 
 def write_video(
@@ -157,37 +213,45 @@ def write_video(
             container.mux(stream.encode())
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    try:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder and not a video; name a file in it.")
-        if not path.is_file():
-            raise UserError(f"There is no video {path}; check the name.")
-        # Absolute, lest FFmpeg takes what stands before a colon for a protocol.
-        with av.open(str(path.absolute())) as container:
-            cover = av.stream.Disposition.attached_pic
-            streams = [s for s in container.streams.video if not s.disposition & cover]
-            picture = container.format.name.endswith("_pipe") or container.format.name == "image2"
-            if not streams or picture:
-                raise _unreadable(path, "it is a picture" if picture else "no video stream in it")
-            if streams[0].codec_context.color_trc in HDR_TRANSFERS:
-                raise UserError(
-                    f"{path} is HDR, whose colours would come out wrong; "
-                    "export it as SDR (BT.709) first."
-                )
-            streams[0].thread_type = "AUTO"
-            yield container, streams[0]
-    except PermissionError as error:
-        raise UserError(f"{path} may not be read; change its permissions.") from error
-    except av.FFmpegError as error:
-        raise _unreadable(path, error.strerror) from error
+@dataclass(frozen=True)
+class _Packets:
+    """`shown`: times of the packets to be shown, ascending, in units of the stream's time base."""
+
+    shown: list[int]
+    trusted: bool
 
 
-def _unreadable(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"{path} cannot be read as a video ({reason}); export it again as MP4, MOV, MKV or WebM."
+def _scan(container: av.container.InputContainer, stream: av.VideoStream, path: Path) -> _Packets:
+    """Times of the film's packets, and whether a decoder will give these very frames."""
+    broken_off = bool(container.format.flags & BROKEN_OFF)
+    sound, end, key = True, 0.0, None
+    decoding: list[int] = []
+    times: list[int] = []
+    for packet in container.demux():
+        time = packet.pts if packet.pts is not None else packet.dts
+        if packet.is_corrupt and not broken_off:
+            raise unreadable(path, "it is cut off or damaged")
+        if time is None:
+            continue
+        end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
+        if packet.stream.index != stream.index:
+            continue
+        key = time if key is None and packet.is_keyframe else key
+        sound = sound and key is not None and not packet.is_corrupt and packet.pts is not None
+        if packet.dts is not None:
+            decoding.append(packet.dts)
+        if not packet.is_discard:
+            times.append(time)
+    if not broken_off:
+        _check_whole(path, container, stream, end)
+    shown = sorted(times)
+    # AVI has no presentation times: where frames are reordered, those that FFmpeg guesses are not.
+    guessed = stream.codec_context.has_b_frames and shown == times
+    ascending = all(a <= b for a, b in pairwise(decoding)) and all(
+        a < b for a, b in pairwise(shown)
     )
+    jumps = broken_off and any((b - a) * stream.time_base > JUMP for a, b in pairwise(shown))
+    return _Packets(shown, bool(sound and times and ascending and not guessed and not jumps))
 
 
 def _check_whole(
@@ -199,84 +263,126 @@ def _check_whole(
     else:
         declared = (container.duration or 0) / av.time_base
     if end < 0.99 * declared - 0.5:
-        raise _unreadable(path, f"it is cut off at {end:.1f} of {declared:.1f} s")
+        raise unreadable(path, f"it is cut off at {end:.1f} of {declared:.1f} s")
 
 
-def _decoded(
-    container: av.container.InputContainer, stream: av.VideoStream, path: Path
-) -> Iterator[av.VideoFrame]:
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            raise _unreadable(path, "it is cut off or damaged")
-        for frame in packet.decode():
-            if frame.pts is None:
-                raise _unreadable(path, "its frames carry no timestamps")
-            yield frame
+def _decode_times(path: Path) -> tuple[float, list[float], list[int]]:
+    """The first frame's own time, every frame's time since then, and the numbers of the frames with
+    which a stretch without a loss begins."""
+    raw: list[float | None] = []
+    breaks = [0]
+    with opened(path) as (container, stream):
+        jump = JUMP if container.format.flags & BROKEN_OFF else math.inf
+        for frame in decoded(container, stream):
+            if frame is None:
+                breaks.append(len(raw))
+            else:
+                raw.append(frame.time)
+    breaks = [n for n in dict.fromkeys(breaks) if n < len(raw)]
+    return raw[0] or 0.0, _continuous(raw, jump), breaks
+
+
+def _continuous(raw: Sequence[float | None], jump: float) -> list[float]:
+    """One timeline from 0 for frames in the decoder's order, whose own times may be missing, out of
+    order (by as much as codecs reorder), or jump: back, or ahead by more than `jump` seconds."""
+    steps = [abs(b - a) for a, b in pairwise(time for time in raw if time is not None)]
+    lasting = float(np.median(steps)) if steps else 0.04
+    pieces: list[list[float]] = []
+    before = latest = math.nan
+    for time in raw:
+        before = before + lasting if time is None else time
+        if not latest - REORDERED * lasting < before < latest + jump:
+            pieces.append([])
+            latest = before
+        pieces[-1].append(before)
+        latest = max(latest, before)
+    times: list[float] = []
+    for piece in pieces:
+        piece.sort()
+        begin = times[-1] + lasting if times else 0.0
+        times += [begin + time - piece[0] for time in piece]
+    return times
+
+
+def _timed(
+    container: av.container.InputContainer, stream: av.VideoStream, info: VideoInfo
+) -> Timed:
+    """Frames with their times, from where the container stands; None is a loss."""
+    known = None if info.times is None else iter(info.times)
+    time = before = 0.0
+    for frame in progressive(decoded(container, stream)):
+        if frame is None:
+            yield None, 2 * time - before
+            continue
+        following = frame.time - info.origin if known is None else next(known, None)
+        if following is None:
+            return
+        before, time = time, following
+        yield frame, time
 
 
 def _shown_from(
-    container: av.container.InputContainer, stream: av.VideoStream, path: Path, start: float | int
-) -> Iterator[tuple[av.VideoFrame, float]]:
-    """Frames from the one shown at `start` on, each with the time at which the next replaces it."""
-    decoded = _decoded(container, stream, path)
-    frame = next(decoded, None)
-    if frame is None:
-        raise _unreadable(path, "no frame in it can be decoded")
-    first, origin = frame.pts, frame.time
-    if start > 1:  # half a second of margin: some containers seek by decoding time
-        container.seek(int((origin + start - 0.5) / stream.time_base), stream=stream)
-        decoded = _decoded(container, stream, path)
-        frame = next(decoded, None)
-        if frame is None or frame.time - origin > start:  # an index that leads astray
-            container.seek(first, stream=stream)
-            decoded = _decoded(container, stream, path)
-            frame = next(decoded)
-    lasting = 1 / float(stream.average_rate or stream.guessed_rate or 1)
-    for following in decoded:
-        lasting = following.time - frame.time
-        if following.time - origin > start + ROUNDING:
-            yield frame, following.time - origin
-        frame = following
+    container: av.container.InputContainer, stream: av.VideoStream, info: VideoInfo, start: float
+) -> Timed:
+    """Frames from one shown before `start` on, each with the time at which the next replaces it."""
+    timed = _timed(container, stream, info)
+    if start > 1 and info.times is None:
+        # Half a second of margin: some containers seek by decoding time.
+        container.seek(int((info.origin + start - 0.5) / stream.time_base), stream=stream)
+        sought = next(timed, None)
+        if sought is None or sought[1] > start:  # an index that leads astray
+            container.seek(int(info.origin / stream.time_base), stream=stream)
+            sought = None
+            timed = _timed(container, stream, info)
+        timed = timed if sought is None else chain([sought], timed)
+    before, lasting = None, 1 / info.fps
+    for frame, time in timed:
+        if before is not None:
+            yield before[0], time
+            lasting = time - before[1]
+        before = frame, time
     # The last frame stays for as long as the one before it.
-    if frame.time + lasting - origin > start + ROUNDING:
-        yield frame, frame.time + lasting - origin
+    if before is not None:
+        yield before[0], before[1] + lasting
 
 
-def _by_time(
-    shown: Iterator[tuple[av.VideoFrame, float]], start: float | int, fps: float | int
-) -> Iterator[av.VideoFrame]:
-    index = 0
+def _runs(starts: Sequence[float], far: float) -> Iterator[list[float]]:
+    """`starts` in groups, within which none is further than `far` from the one before."""
+    run: list[float] = []
+    for start in starts:
+        if run and start - run[-1] > far:
+            yield run
+            run = []
+        run.append(start)
+    if run:
+        yield run
+
+
+def _sweep(
+    shown: Timed, starts: Sequence[float], frames: int, fps: float | int, convert: Callable
+) -> Iterator[list[np.ndarray]]:
+    """The pictures of each stretch, taken from the frames as they pass."""
+    waiting = deque(starts)
+    taking: deque[tuple[float, list[np.ndarray | None]]] = deque()
     for frame, until in shown:
-        while start + index / fps + ROUNDING < until:
-            yield frame
-            index += 1
+        while waiting and waiting[0] + ROUNDING < until:
+            taking.append((waiting.popleft(), []))
+        picture = None
+        for start, taken in taking:
+            while len(taken) < frames and start + len(taken) / fps + ROUNDING < until:
+                if picture is None and frame is not None:
+                    picture = convert(frame)
+                taken.append(picture)
+        while taking and len(taking[0][1]) == frames:
+            yield _until_lost(taking.popleft()[1])
+        if not taking and not waiting:
+            return
+    yield from (_until_lost(taken) for _, taken in taking)
+    yield from ([] for _ in waiting)
 
 
-def _square_pixels(stream: av.VideoStream) -> tuple[int, int]:
-    """Width and height, the width stretched where the file says that pixels are not square."""
-    aspect = float(stream.sample_aspect_ratio or 1)
-    width = round(stream.width * aspect) if abs(aspect - 1) > 0.01 else stream.width
-    return width, stream.height
-
-
-def _rgb(frame: av.VideoFrame, width: int, height: int) -> UInt8[np.ndarray, "H W 3"]:
-    untagged_hd = frame.colorspace == UNSPECIFIED and frame.height >= 720
-    picture = frame.reformat(
-        width,
-        height,
-        "rgb24",
-        src_colorspace=Colorspace.ITU709 if untagged_hd else None,
-        dst_color_range=ColorRange.JPEG,
-        interpolation=EXACT,
-    ).to_ndarray()
-    matrix = next((side for side in frame.side_data if side.type == SideData.DISPLAYMATRIX), None)
-    if matrix is None:
-        return picture
-    # x' = a x + c y, y' = b x + d y, in quarter turns and mirrors.
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]
-    across, down = (a, d) if a else (c, b)
-    picture = picture if a else picture.swapaxes(0, 1)
-    return np.ascontiguousarray(picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
+def _until_lost(taken: Iterable[np.ndarray | None]) -> list[np.ndarray]:
+    return list(takewhile(lambda picture: picture is not None, taken))
 
 
 def _yuv(picture: np.ndarray) -> av.VideoFrame:

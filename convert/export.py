@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from wanjax.models import Config
 from wanjax.outputs import refuse_existing, require_space, whole_file
 from wanjax.progress import progress_bar
 from wanjax.tensor_files import read_safetensors
-from wanjax.weights import Manifest, read_manifest
+from wanjax.weights import Manifest, copy_tokenizer, read_manifest
 
 FORMATS = ("official", "diffusers", "comfyui")
 Plans = dict[str, list[Planned]]
@@ -89,9 +88,9 @@ def _official(native: Native, out: Path) -> list[str]:
             else:
                 write_torch(folder / OFFICIAL_NAMES[name], planned, advance)
         if "text_encoder" in plans:
-            notes += _copy(native.folder / "tokenizer", folder / "google/umt5-xxl")
+            notes += _copy(native.folder, "tokenizer", folder / "google/umt5-xxl")
         if "image_encoder" in plans and native.origin and native.origin.is_dir():
-            notes += _copy(native.origin / "xlm-roberta-large", folder / "xlm-roberta-large")
+            notes += _copy(native.origin, "xlm-roberta-large", folder / "xlm-roberta-large")
         write_json(folder / CONFIGS_FILE, {"networks": native.own_configs()})
     return _summary(plans) + notes
 
@@ -109,7 +108,7 @@ def _diffusers(native: Native, out: Path) -> list[str]:
                 config = to_diffusers(name, native.config(name), dtype)
                 write_json(folder / component / "config.json", config)
         if "text_encoder" in plans:
-            notes += _copy(native.folder / "tokenizer", folder / "tokenizer")
+            notes += _copy(native.folder, "tokenizer", folder / "tokenizer")
         if plans.keys() == native.manifest.networks.keys() and "dit" in plans:
             side = getattr(native.manifest.networks.get("image_encoder"), "image_size", 0)
             write_pipeline_files(folder, native.config("dit"), plans, side)
@@ -199,11 +198,11 @@ def _left_out(native: Native, network: str, layout: str) -> list[str]:
     return families
 
 
-def _copy(source: Path, to: Path) -> list[str]:
-    """Copy a folder of small files, if it is there."""
-    if not source.is_dir():
-        return [f"  without {to.name}/, since there is no {source}"]
-    shutil.copytree(source, to, copy_function=shutil.copyfile)
+def _copy(checkpoint: Path, name: str, to: Path) -> list[str]:
+    """Copy a checkpoint's folder of a tokenizer, if it is there."""
+    if not (checkpoint / name).is_dir():
+        return [f"  without {to.name}/, since there is no {checkpoint / name}"]
+    copy_tokenizer(checkpoint / name, to, within=checkpoint)
     return []
 
 

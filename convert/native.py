@@ -32,10 +32,10 @@ def convert_pipeline(
         for name, s in checkpoint.sources.items()
     }
     with new_folder("Converting", dst, plans) as (folder, advance):
+        tokenizer = _write_tokenizer(src, checkpoint, folder)  # first, as it may be refused
         for name, plan in plans.items():
             write_safetensors(folder / f"{name}.safetensors", plan, METADATA, advance)
         write_manifest(folder, _manifest(checkpoint))
-        tokenizer = _write_tokenizer(checkpoint, folder)
     return "\n".join([f"Wrote {dst}", *_report(checkpoint, plans), *tokenizer])
 
 
@@ -56,12 +56,12 @@ def dropped_by_family(names: Iterable[str]) -> dict[str, int]:
     return dict(Counter(f"{n.split('.')[0]}.*" if "." in n else n for n in names))
 
 
-def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
+def _write_tokenizer(src: Path, checkpoint: Checkpoint, folder: Path) -> list[str]:
     """Copy the tokenizer, or what there is of one; what to tell about it."""
     if "text_encoder" not in checkpoint.sources:
         return []
     if checkpoint.tokenizer is not None:
-        copy_tokenizer(checkpoint.tokenizer, folder)
+        copy_tokenizer(checkpoint.tokenizer, folder / "tokenizer", within=src)
         if (folder / "tokenizer/tokenizer.json").is_file():
             return ["  tokenizer      copied"]
     # ComfyUI keeps the tokenizer's model beside umT5's weights, as a tensor of bytes.

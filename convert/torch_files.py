@@ -53,6 +53,8 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
                 raise _not_a_zip(path)
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             members = _members(path, file, data)
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read; change its permissions.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its name.") from error
     root = next((name[: -len("data.pkl")] for name in members if name.endswith("data.pkl")), None)
@@ -76,7 +78,7 @@ def _members(path: Path, file: io.BufferedReader, data: mmap.mmap) -> dict[str, 
     """The archive's members as views of the mapped file."""
     try:
         entries = zipfile.ZipFile(file).infolist()
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # an archive can be wrong in any way
         raise UserError(f"{path} is truncated or damaged ({error}); fetch it again.") from error
     view, members = memoryview(data), {}
     for entry in entries:

@@ -13,11 +13,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert.configs import to_diffusers
+from convert.export import export
 from convert.inspect import inspect
 from convert.native import convert_pipeline
 from convert.sources import COMPONENTS, open_checkpoint, read_networks
 from tests.checkpoints import CONFIGS, DIT, random_tensors, save_sharded
 from wanjax.errors import UserError
+from wanjax.weights import load_network, replace_network
 
 ONE = replace(DIT, num_layers=1)
 T2V = replace(ONE, image_dim=None, in_channels=16)
@@ -176,6 +178,62 @@ def test_an_index_names_only_what_is_beside_it(name, tmp_path):
     with pytest.raises(UserError, match="index.json names '.*', which is not beside it"):
         convert_pipeline(folder, tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
+
+
+def with_tokenizer(folder: Path) -> Path:
+    (folder / "tokenizer").mkdir(parents=True)
+    for name in ("tokenizer.json", "spiece.model", "id_rsa", "._tokenizer.json"):
+        (folder / "tokenizer" / name).write_text(name)
+    return folder
+
+
+def test_of_a_tokenizer_only_the_known_files_are_copied(folder, tmp_path):
+    with_tokenizer(folder)
+    convert_pipeline(folder, tmp_path / "dst")
+    assert {p.name for p in (tmp_path / "dst/tokenizer").iterdir()} == {
+        "tokenizer.json",
+        "spiece.model",
+    }
+    export(tmp_path / "dst", tmp_path / "out", "official")
+    assert (tmp_path / "out/google/umt5-xxl/tokenizer.json").read_text() == "tokenizer.json"
+    (tmp_path / "dst/tokenizer/id_rsa").write_text("private")
+    replace_network(tmp_path / "dst", tmp_path / "next", "vae", load_vae(tmp_path / "dst"))
+    assert not (tmp_path / "next/tokenizer/id_rsa").exists()
+
+
+def load_vae(folder: Path):
+    return load_network(folder, "vae", dtype="float32")
+
+
+@pytest.mark.parametrize("what", ["a file", "the folder"])
+def test_no_link_out_of_the_checkpoint_is_followed(what, folder, tmp_path):
+    secret = with_tokenizer(tmp_path / "elsewhere") / "tokenizer"
+    if what == "the folder":
+        (folder / "tokenizer").symlink_to(secret)
+    else:
+        with_tokenizer(folder)
+        (folder / "tokenizer/spiece.model").unlink()
+        (folder / "tokenizer/spiece.model").symlink_to("../../elsewhere/tokenizer/id_rsa")
+    with pytest.raises(UserError, match=r"tokenizer/\S+ is a link out of .*; put the file itself"):
+        convert_pipeline(folder, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+def test_links_within_the_checkpoint_and_into_the_hubs_cache_are_followed(folder, tmp_path):
+    snapshot = tmp_path / "models--x/snapshots/0123"
+    snapshot.parent.mkdir(parents=True)
+    shutil.move(with_tokenizer(folder), snapshot)
+    blobs = tmp_path / "models--x/blobs"
+    blobs.mkdir()
+    shutil.move(snapshot / "tokenizer/tokenizer.json", blobs / "abc")
+    (snapshot / "tokenizer/tokenizer.json").symlink_to("../../../blobs/abc")
+    (snapshot / "tokenizer/spiece.model").unlink()
+    (snapshot / "tokenizer/spiece.model").symlink_to("id_rsa")
+    convert_pipeline(snapshot, tmp_path / "dst")
+    copied = tmp_path / "dst/tokenizer"
+    assert (copied / "tokenizer.json").read_text() == "tokenizer.json"
+    assert (copied / "spiece.model").read_text() == "id_rsa"
+    assert not (copied / "tokenizer.json").is_symlink()
 
 
 def changed(in_channels, out_channels=16, image_dim=None):

@@ -206,3 +206,20 @@ def test_legacy_format_of_torch(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match="before 1.6"):
         read_torch(tmp_path / "x.pth")
+
+
+def test_damage_of_any_kind_is_one_sentence(tmp_path):
+    """A few bytes changed anywhere: tensors still, or a refusal that names the file."""
+    write(tmp_path / "x.pth", {"a": np.ones((3, 4), np.float32), "b": np.zeros(2, np.float32)})
+    data, rng = (tmp_path / "x.pth").read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        spoilt = np.frombuffer(data, np.uint8).copy()
+        spoilt[rng.integers(0, len(spoilt), 5)] = rng.integers(0, 256, 5)
+        (tmp_path / "y.pth").write_bytes(spoilt.tobytes())
+        try:
+            read_torch(tmp_path / "y.pth")
+        except UserError as error:
+            assert "y.pth" in str(error)
+            refused += 1
+    assert 100 < refused < 300

@@ -1,10 +1,10 @@
 """safetensors files, read without copying and written in pieces.
 
 A file is an 8-byte length, a JSON header `{name: {dtype, shape, data_offsets}}` and the tensors'
-bytes one after another (https://github.com/huggingface/safetensors#format). Reading maps the file
-into memory, so that arrays are views whose pages come when they are touched. Writing puts the
-header first and then any part of any tensor at its offset, so that a tensor larger than memory can
-be written layer by layer.
+bytes one after another (https://github.com/huggingface/safetensors#format). Whether a header is
+sound the `safetensors` package judges. Reading maps the file into memory, so that arrays are views
+whose pages come when they are touched. Writing puts the header first and then any part of any
+tensor at its offset, so that a tensor larger than memory can be written layer by layer.
 """
 
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from wanjax.errors import UserError
 
@@ -54,7 +55,7 @@ class TensorFile:
 
 
 def read_safetensors(path: Path) -> TensorFile:
-    """Open `path`, having checked every declared size against the file's own.
+    """Open `path`, whose header is sound and declares the file's own size.
 
     Raises `UserError`, naming the file, where it is missing, truncated or something else.
     """
@@ -63,25 +64,15 @@ def read_safetensors(path: Path) -> TensorFile:
         size = path.stat().st_size
         with path.open("rb") as file:
             header, start = _read_header(file, path, size)
+            _check_sound(path, header, start, size)
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read; change its permissions.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its name.") from error
-    metadata = header.pop("__metadata__", {})
-    tensors, end = {}, 0
-    for name, entry in header.items():
-        dtype, shape, first, last = _checked(entry, name, path)
-        end = max(end, last)
-        if start + last > size:
-            continue  # reported below, with the whole of what is missing
-        flat = np.frombuffer(data, np.uint8, last - first, start + first)
-        tensors[name] = flat.view(dtype).reshape(shape)
-    if start + end != size:
-        fault = "is truncated" if start + end > size else "has bytes that its header does not name"
-        raise UserError(
-            f"{path} {fault}: its header declares {start + end:,} bytes and it has {size:,}; "
-            "fetch or write it again."
-        )
-    return TensorFile(path, tensors, {str(k): str(v) for k, v in metadata.items()})
+    metadata = header.pop("__metadata__", None) or {}
+    tensors = {name: _view(data, start, entry, name, path) for name, entry in header.items()}
+    return TensorFile(path, tensors, metadata)
 
 
 def _read_header(file, path: Path, size: int) -> tuple[dict, int]:
@@ -96,38 +87,76 @@ def _read_header(file, path: Path, size: int) -> tuple[dict, int]:
     if 8 + length > size:
         raise UserError(f"{path} is truncated in its header ({size:,} bytes); fetch it again.")
     try:
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(length).decode(), object_pairs_hook=_distinct)
         if not isinstance(header, dict):
-            raise ValueError
-    except ValueError as error:
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is not a safetensors file (its header is not JSON); check its name, or fetch "
-            "it again."
+            f"{path} is not a safetensors file (its header is not JSON as it should be: "
+            f"{_short(error)}); check its name, or fetch it again."
         ) from error
     return header, 8 + length
 
 
-def _checked(entry: dict, name: str, path: Path) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """A header entry's type, shape and offsets, or a refusal of what does not add up."""
+def _distinct(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object, which may hold no name twice: readers would differ on what it says."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _check_sound(path: Path, header: dict, start: int, size: int) -> None:
+    """Leave the judgement to the `safetensors` package, and say what is known of the fault."""
+    for name, entry in header.items():
+        kind = entry.get("dtype") if isinstance(entry, dict) else None
+        if name != "__metadata__" and isinstance(kind, str) and kind not in DTYPES:
+            raise UserError(
+                f"{path} stores the tensor '{_short(name)}' as {_short(kind)}, which is not read "
+                "here; use a file in bfloat16, float16 or float32."
+            )
     try:
-        kind, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-        first, last = (int(n) for n in entry["data_offsets"])
-    except (TypeError, KeyError, ValueError) as error:
+        with safe_open(path, framework="numpy"):
+            return
+    except SafetensorError as error:
+        ends = [_end(entry) for name, entry in header.items() if name != "__metadata__"]
+        end = start + max(ends, default=0) if None not in ends else size
+        if end == size:
+            raise UserError(
+                f"{path} is not a sound safetensors file ({_short(error)}); fetch it again."
+            ) from error
+        fault = "is truncated" if end > size else "has bytes that its header does not name"
         raise UserError(
-            f"{path} has a broken entry for the tensor '{name}'; fetch it again."
+            f"{path} {fault}: its header declares {end:,} bytes and it has {size:,}; "
+            "fetch or write it again."
         ) from error
-    if kind not in DTYPES:
+
+
+def _end(entry: object) -> int | None:
+    """Where a tensor's bytes end; None where the header does not say it as it should."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not isinstance(offsets, list) or len(offsets) != 2:
+        return None
+    whole = all(isinstance(offset, int) and 0 <= offset < 1 << 63 for offset in offsets)
+    return offsets[1] if whole else None
+
+
+def _view(data: mmap.mmap, start: int, entry: dict, name: str, path: Path) -> np.ndarray:
+    """A tensor of a sound header as a view of the mapped file."""
+    first, last = entry["data_offsets"]
+    try:
+        flat = np.frombuffer(data, np.uint8, last - first, start + first)
+        return flat.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    except ValueError as error:  # more axes than NumPy has, or none of its size
         raise UserError(
-            f"{path} stores the tensor '{name}' as {kind}, which is not read here; "
-            "use a file in bfloat16, float16 or float32."
-        )
-    dtype = DTYPES[kind]
-    if min(shape, default=0) < 0 or first < 0 or last - first != math.prod(shape) * dtype.itemsize:
-        raise UserError(
-            f"{path} declares {last - first:,} bytes for the tensor '{name}' of shape {shape} and "
-            f"type {kind}, which do not agree; fetch it again."
-        )
-    return dtype, shape, first, last
+            f"{path} holds the tensor '{_short(name)}' of {len(entry['shape'])} axes, which is not "
+            "read here; fetch it again."
+        ) from error
+
+
+def _short(text: object) -> str:
+    """One line of what a file or a library says."""
+    return " ".join(str(text).split())[:200]
 
 
 class SafetensorsWriter:

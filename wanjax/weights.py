@@ -34,6 +34,14 @@ from wanjax.types import PathLike
 
 FORMAT, VERSION = "wanjax", 1
 METADATA = {"format": FORMAT, "version": str(VERSION)}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 @dataclass(frozen=True)
@@ -244,14 +252,15 @@ def save_native(
 ) -> None:
     """Write modules in memory as a native folder; parameters keep their types.
 
-    `tokenizer` is a folder to copy. Raises `UserError` where `folder` exists or cannot be written.
+    `tokenizer` is a folder to copy one from. Raises `UserError` where `folder` exists or cannot be
+    written.
     """
     with whole_folder(Path(folder)) as partial:
         for name, module in networks.items():
             _write_network(partial, name, module)
         write_manifest(partial, Manifest({k: m.config for k, m in networks.items()}))
         if tokenizer is not None:
-            copy_tokenizer(Path(tokenizer), partial)
+            copy_tokenizer(Path(tokenizer), partial / "tokenizer", within=Path(tokenizer))
 
 
 def _write_network(folder: Path, name: str, module: nnx.Module) -> None:
@@ -269,9 +278,22 @@ def _write_network(folder: Path, name: str, module: nnx.Module) -> None:
             writer.write(leaf, np.asarray(variable[...]))
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a tokenizer's files into `folder/tokenizer`."""
-    shutil.copytree(source, folder / "tokenizer", copy_function=shutil.copyfile)
+def copy_tokenizer(source: Path, to: Path, *, within: Path) -> None:
+    """Copy a tokenizer's files, those that are known and no others, into the new folder `to`.
+
+    Raises `UserError` for one that is a link out of the checkpoint `within`: what it leads to is
+    not the checkpoint's to give away.
+    """
+    root = within.resolve()
+    # In Hugging Face's cache a checkpoint is a folder of links to blobs beside it.
+    blobs = [root.parents[1] / "blobs"] if root.parent.name == "snapshots" else []
+    to.mkdir(parents=True)
+    for file in (source / name for name in TOKENIZER_FILES):
+        if file.is_file():
+            real = file.resolve()
+            if not any(real.is_relative_to(place) for place in (root, *blobs)):
+                raise UserError(f"{file} is a link out of {within}; put the file itself there.")
+            shutil.copyfile(real, to / file.name)
 
 
 def fingerprint(folder: PathLike, network: str) -> str:
@@ -303,7 +325,7 @@ def replace_network(source: PathLike, folder: PathLike, network: str, module: nn
             if name != network:
                 link_or_copy(source / f"{name}.safetensors", partial / f"{name}.safetensors")
         if (source / "tokenizer").is_dir():
-            copy_tokenizer(source / "tokenizer", partial)
+            copy_tokenizer(source / "tokenizer", partial / "tokenizer", within=source)
         write_manifest(partial, manifest)
 
 

@@ -4,11 +4,12 @@ A config that asks for something which this project does not have is refused by 
 setting: to misread it would give noise and no error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from convert.infer import Shapes, infer_dit
 from wanjax.errors import UserError
 from wanjax.models import Config
+from wanjax.models.check import check_field, check_whole
 from wanjax.models.clip import CLIPVisionConfig
 from wanjax.models.dit import DiTConfig
 from wanjax.models.umt5 import UMT5Config
@@ -105,8 +106,8 @@ def dit_from_official(data: Json, shapes: Shapes) -> DiTConfig:
     _require(data, _OFFICIAL_FIXED, where, known=_OFFICIAL)
     if "num_heads" not in data:
         raise UserError(f"{where} lacks 'num_heads'; fetch it again.")
-    inferred = infer_dit(shapes, heads=int(data["num_heads"]))
-    fields = _fields(data, _OFFICIAL, where, optional=_OFFICIAL)
+    fields = _fields(DiTConfig, data, _OFFICIAL, where, optional=_OFFICIAL)
+    inferred = infer_dit(shapes, heads=fields["num_heads"])
     config = DiTConfig(**{**vars(inferred), **fields})
     if data.get("model_type", model_type(config)) != model_type(config):
         raise UserError(
@@ -130,8 +131,9 @@ def from_diffusers(network: str, data: Json, where: str) -> Config:
 def _dit_from_diffusers(data: Json, where: str) -> DiTConfig:
     known = {*_DIT, "attention_head_dim", "added_kv_proj_dim"}
     _require(data, {**_DIT_FIXED, "window_size": ([-1, -1],)}, where, known=known)
-    fields = _fields(data, _DIT, where, optional=("image_dim", "pos_embed_seq_len"))
-    dim = fields["num_heads"] * int(data.get("attention_head_dim", 128))
+    fields = _fields(DiTConfig, data, _DIT, where, optional=("image_dim", "pos_embed_seq_len"))
+    head = check_whole("attention_head_dim", data.get("attention_head_dim", 128), where)
+    dim = fields["num_heads"] * head
     if data.get("added_kv_proj_dim") not in (None, dim):
         raise _unsupported(where, "added_kv_proj_dim", data["added_kv_proj_dim"])
     if (data.get("added_kv_proj_dim") is None) != (fields.get("image_dim") is None):
@@ -143,23 +145,36 @@ def _vae_from_diffusers(data: Json, where: str) -> VAEConfig:
     _require(data, _VAE_FIXED, where, known={*_VAE, "decoder_base_dim"})
     if data.get("decoder_base_dim") not in (None, data.get("base_dim")):
         raise _unsupported(where, "decoder_base_dim", data["decoder_base_dim"])
-    return VAEConfig(**_fields(data, _VAE, where, optional=("latents_mean", "latents_std")))
+    optional = ("latents_mean", "latents_std")
+    return VAEConfig(**_fields(VAEConfig, data, _VAE, where, optional))
 
 
 def _umt5_from_diffusers(data: Json, where: str) -> UMT5Config:
     _require(data, _UMT5_FIXED, where)
-    fields = _fields(data, _UMT5, where, optional=tuple(_UMT5)[5:])
-    return UMT5Config(attention_dim=int(data.get("d_kv", 64)) * fields["num_heads"], **fields)
+    fields = _fields(UMT5Config, data, _UMT5, where, optional=tuple(_UMT5)[5:])
+    head = check_whole("d_kv", data.get("d_kv", 64), where)
+    return UMT5Config(attention_dim=head * fields["num_heads"], **fields)
 
 
 def _clip_from_diffusers(data: Json, where: str) -> CLIPVisionConfig:
     data = data.get("vision_config", data)  # the config of a whole CLIP has the tower's inside
+    if not isinstance(data, Mapping):
+        raise UserError(f"'vision_config' in {where} is no JSON object; fetch it again.")
     _require(data, _CLIP_FIXED, where)
-    return CLIPVisionConfig(**_fields(data, _CLIP, where, optional=("layer_norm_eps",)))
+    return CLIPVisionConfig(**_fields(CLIPVisionConfig, data, _CLIP, where, ("layer_norm_eps",)))
 
 
-def _fields(data: Json, names: Mapping[str, str], where: str, optional=()) -> dict[str, object]:
-    """Our fields from theirs; lists become tuples."""
+def _fields(
+    kind: type[Config],
+    data: Json,
+    names: Mapping[str, str],
+    where: str,
+    optional: Collection[str] = (),
+) -> dict[str, object]:
+    """Our fields from theirs, each of its type and in its range; lists become tuples."""
+    for name, ours in names.items():
+        if name in data:
+            check_field(kind, ours, data[name], where, called=name)
     if missing := [name for name in names if name not in data and name not in optional]:
         raise UserError(f"{where} lacks '{missing[0]}'; fetch the checkpoint again.")
     return {
@@ -185,8 +200,8 @@ def _require(data: Json, fixed: Mapping[str, tuple], where: str, known=None) -> 
 
 def _unsupported(where: str, name: str, value: object) -> UserError:
     return UserError(
-        f"{where} asks for {name}={value!r}, which wanjax does not have; use a Wan2.1 "
-        "text-to-video, image-to-video or first-and-last-frame checkpoint."
+        f"{where} asks for {name[:60]}={repr(value)[:60]}, which wanjax does not have; use a "
+        "Wan2.1 text-to-video, image-to-video or first-and-last-frame checkpoint."
     )
 
 

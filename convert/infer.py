@@ -13,6 +13,7 @@ import numpy as np
 from convert.networks import TABLES
 from wanjax.errors import UserError
 from wanjax.models import Config
+from wanjax.models.check import DEEPEST
 from wanjax.models.clip import CLIPVisionConfig
 from wanjax.models.dit import DiTConfig
 from wanjax.models.umt5 import UMT5Config
@@ -31,19 +32,22 @@ class Shapes:
     def __contains__(self, ours: str) -> bool:
         return ours in self._rows and self._name(ours) in self.tensors
 
-    def __call__(self, ours: str) -> tuple[int, ...]:
-        """The shape of a tensor, of its first layer if it is stacked."""
+    def __call__(self, ours: str, axes: int) -> tuple[int, ...]:
+        """The shape of a tensor (of its first layer, if it is stacked) of so many axes."""
         name = self._name(ours)
         if name not in self.tensors:
             raise UserError(f"{self.where} lacks the tensor '{name}'; fetch the checkpoint again.")
         tensor = self.tensors[name]
         try:
-            return self._rows[ours].op.to_ours(tensor).shape
-        except ValueError as error:
+            shape = self._rows[ours].op.to_ours(tensor).shape
+        except ValueError:  # an axis too few
+            shape = ()
+        if len(shape) != axes or 0 in shape:
             raise UserError(
                 f"{self.where} has the tensor '{name}' of shape {tensor.shape}, which no model of "
                 "this kind has; fetch the checkpoint again."
-            ) from error
+            )
+        return shape
 
     def layers(self, ours: str) -> int:
         """The largest layer number under the list of layers that `ours` belongs to, plus one."""
@@ -51,10 +55,15 @@ class Shapes:
 
     def layers_under(self, stem: str) -> int:
         """The largest number that follows `stem` in a name, plus one."""
-        numbers = [
-            m[1] for name in self.tensors if (m := re.match(rf"{re.escape(stem)}(\d+)\.", name))
-        ]
-        return max(map(int, numbers), default=0) + 1
+        pattern = re.compile(rf"{re.escape(stem)}([0-9]{{1,9}})\.")
+        numbers = {int(m[1]): name for name in self.tensors if (m := pattern.match(name))}
+        last = max(numbers, default=0)
+        if last >= DEEPEST["num_layers"]:
+            raise UserError(
+                f"{self.where} holds '{numbers[last]}', and no model has so many layers; fetch the "
+                "checkpoint again."
+            )
+        return last + 1
 
     def _name(self, ours: str) -> str:
         theirs = self._rows[ours].theirs(self._layout)
@@ -72,7 +81,7 @@ def infer(network: str, shapes: Shapes, layout: str) -> Config:
 
 def infer_dit(shapes: Shapes, heads: int | None = None) -> DiTConfig:
     """Without a config the heads are of 128 channels, as in all of Wan2.1's models."""
-    *patch, d_in, dim = shapes("patch_embed.kernel")
+    *patch, d_in, dim = shapes("patch_embed.kernel", 5)
     if heads is None and dim % 128:
         raise UserError(
             f"{shapes.where} has no config, and its width {dim} does not divide into heads of 128 "
@@ -83,28 +92,28 @@ def infer_dit(shapes: Shapes, heads: int | None = None) -> DiTConfig:
     positions = "image_embed.positions" in shapes
     return DiTConfig(
         dim=dim,
-        ffn_dim=shapes("blocks.ffn.up.kernel")[1],
+        ffn_dim=shapes("blocks.ffn.up.kernel", 2)[1],
         num_layers=shapes.layers("blocks.ffn.up.kernel"),
         num_heads=heads or dim // 128,
         in_channels=d_in,
-        out_channels=shapes("head.proj.kernel")[1] // math.prod(patch),
+        out_channels=shapes("head.proj.kernel", 2)[1] // math.prod(patch),
         patch_size=tuple(patch),
-        text_dim=shapes("text_embed.up.kernel")[0],
-        freq_dim=shapes("time_embed.up.kernel")[0],
-        image_dim=shapes("image_embed.norm_in.scale")[0] if has_image else None,
-        image_positions=shapes("image_embed.positions")[0] if positions else None,
+        text_dim=shapes("text_embed.up.kernel", 2)[0],
+        freq_dim=shapes("time_embed.up.kernel", 2)[0],
+        image_dim=shapes("image_embed.norm_in.scale", 1)[0] if has_image else None,
+        image_positions=shapes("image_embed.positions", 2)[0] if positions else None,
     )
 
 
 def _infer_umt5(shapes: Shapes) -> UMT5Config:
-    vocab_size, dim = shapes("token_embedding.table")
-    buckets, heads = shapes("blocks.position_bias.table")
+    vocab_size, dim = shapes("token_embedding.table", 2)
+    buckets, heads = shapes("blocks.position_bias.table", 2)
     return UMT5Config(
         vocab_size=vocab_size,
         dim=dim,
-        attention_dim=shapes("blocks.attn.q.kernel")[1],
+        attention_dim=shapes("blocks.attn.q.kernel", 2)[1],
         num_heads=heads,
-        ffn_dim=shapes("blocks.ffn.up.kernel")[1],
+        ffn_dim=shapes("blocks.ffn.up.kernel", 2)[1],
         num_layers=shapes.layers("blocks.ffn.up.kernel"),
         num_buckets=buckets,
     )
@@ -113,8 +122,8 @@ def _infer_umt5(shapes: Shapes) -> UMT5Config:
 def _infer_clip(shapes: Shapes) -> CLIPVisionConfig:
     """Heads of 80 channels, as in ViT-H. At other widths the shapes do not tell, and a guess of the
     most heads up to 16 that divide the width is reported."""
-    patch, _, _, dim = shapes("patch_embedding.kernel")
-    side = math.isqrt(shapes("pos_embedding")[0] - 1)
+    patch, _, _, dim = shapes("patch_embedding.kernel", 4)
+    side = math.isqrt(shapes("pos_embedding", 2)[0] - 1)
     heads = dim // 80 if dim % 80 == 0 else next(n for n in range(16, 0, -1) if dim % n == 0)
     if dim % 80:
         warnings.warn(
@@ -128,8 +137,8 @@ def _infer_clip(shapes: Shapes) -> CLIPVisionConfig:
         dim=dim,
         num_heads=heads,
         num_layers=shapes.layers("blocks.ffn.up.kernel"),
-        ffn_dim=shapes("blocks.ffn.up.kernel")[1],
-        projection_dim=shapes("head")[1] if "head" in shapes else None,
+        ffn_dim=shapes("blocks.ffn.up.kernel", 2)[1],
+        projection_dim=shapes("head", 2)[1] if "head" in shapes else None,
     )
 
 
@@ -143,12 +152,12 @@ def _infer_vae(shapes: Shapes, layout: str) -> VAEConfig:
     temporal = []
     for i in range(shapes.layers_under(stem)):
         if (block := shapes.tensors.get(f"{stem}{i}.{conv}.weight")) is not None:
-            stages[-1].append(block.shape[0])
+            stages[-1].append(math.prod(block.shape[:1]))
         elif f"{stem}{i}.resample.1.weight" in shapes.tensors:
             stages.append([])
             temporal.append(f"{stem}{i}.time_conv.weight" in shapes.tensors)
-    base = shapes("encoder.conv_in.kernel")[-1]
-    z_dim = shapes("post_quant.kernel")[-1]
+    base = shapes("encoder.conv_in.kernel", 5)[-1]
+    z_dim = shapes("post_quant.kernel", 2)[-1]
     blocks = {len(stage) for stage in stages}
     if len(blocks) != 1 or 0 in blocks or any(s[-1] % base for s in stages) or z_dim != 16:
         raise UserError(

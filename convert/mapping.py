@@ -66,7 +66,7 @@ def _ours(entry: Entry, tensor: np.ndarray, shape: tuple[int, ...], where: str) 
         part = np.split(tensor, entry.parts)[entry.part] if entry.parts > 1 else tensor
         view = entry.op.to_ours(part)
         fits = view.shape == shape and entry.op.to_theirs(view).shape == part.shape
-    except ValueError:  # an axis too few, or one that does not divide
+    except (ValueError, IndexError):  # an axis too few, or one that does not divide
         fits = False
     if not fits:
         wanted = entry.op.to_theirs(np.broadcast_to(np.float32(0), shape)).shape

@@ -18,9 +18,11 @@ from convert.infer import Shapes, infer, infer_dit
 from convert.networks import Named, name_tensors, recognise
 from convert.relatives import refuse_relatives
 from convert.torch_files import read_torch
-from wanjax.errors import UserError
+from wanjax.errors import UserError, some
 from wanjax.models import NETWORKS, Config
+from wanjax.models.check import check_config
 from wanjax.tensor_files import read_safetensors
+from wanjax.text_files import read_text
 from wanjax.weights import parse_config
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -30,7 +32,6 @@ _INDEX = re.compile(r"^(?P<stem>.+)\.(?P<kind>safetensors|bin)\.index(?P<variant
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 # The same weights in another precision, or averaged over the training.
 _VARIANT = re.compile(r"\.(fp\d+\w*|bf16|(non_)?ema)$")
-_LISTED = 8  # names said of many
 # The parts of a diffusers folder, and our names for them.
 COMPONENTS = {
     "transformer": "dit",
@@ -121,15 +122,17 @@ def kind_of(path: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """A JSON object, or a refusal that names the file."""
+    return _parsed(read_text(path), str(path))
+
+
+def _parsed(text: str, where: str) -> dict:
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(text)
         if not isinstance(data, dict):
             raise ValueError("not an object")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); fetch it again.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is not the JSON it should be ({error}); fetch it again."
+            f"{where} is not the JSON it should be ({error}); fetch it again."
         ) from error
     return data
 
@@ -204,9 +207,10 @@ def open_source(group: Group, expected: str | None = None) -> Source:
         theirs = dit_from_official(data, shapes)
     else:
         theirs = from_diffusers(network, data, f"{beside}/config.json")
-    ours = _own_configs(beside, group.metadata).get(network)
+    ours = _own_configs(beside, group.metadata, where).get(network)
     if ours is None:
-        return Source(group.path, named, theirs or infer(network, shapes, layout))
+        theirs = check_config(theirs or infer(network, shapes, layout), where)
+        return Source(group.path, named, theirs)
     config = parse_config(NETWORKS[network][1], ours, where=f"{where}'s wanjax config")
     if theirs is not None:
         _refuse_edited(beside / "config.json", to_diffusers(network, theirs), network, config)
@@ -243,12 +247,15 @@ def _config_beside(folder: Path, network: str, expected: str | None) -> dict:
     return data if known == network else {}
 
 
-def _own_configs(folder: Path, metadata: Mapping[str, str]) -> dict:
+def _own_configs(folder: Path, metadata: Mapping[str, str], where: str) -> dict:
     """What our own exports say beside the file, in the folder above (diffusers), or inside it."""
     if CONFIGS_KEY in metadata:
-        return json.loads(metadata[CONFIGS_KEY])
+        return _parsed(metadata[CONFIGS_KEY], f"The config inside {where}")
     path = (folder.parent if folder.name in COMPONENTS else folder) / CONFIGS_FILE
-    return read_json(path).get("networks", {}) if path.is_file() else {}
+    networks = read_json(path).get("networks", {}) if path.is_file() else {}
+    if not isinstance(networks, dict):
+        raise UserError(f"'networks' in {path} is no JSON object; delete the file, or fetch it.")
+    return networks
 
 
 def read_networks(path: Path, only: Collection[str] = ()) -> dict[str, Group]:
@@ -343,9 +350,8 @@ def _two_files(path: Path, network: str, first: Path, second: Path) -> UserError
 
 def _say_skipped(folder: Path, places: Sequence[Path], reason: str) -> None:
     if places:
-        names = ", ".join(str(place.relative_to(folder)) for place in places[:_LISTED])
-        more = f" and {len(places) - _LISTED:,} more" if len(places) > _LISTED else ""
-        warnings.warn(f"skipped in {folder}: {names}{more}, {reason}.", stacklevel=3)
+        names = some([str(place.relative_to(folder)) for place in places])
+        warnings.warn(f"skipped in {folder}: {names}, {reason}.", stacklevel=3)
 
 
 def find_groups(path: Path, only: Collection[str] = ()) -> list[Path]:

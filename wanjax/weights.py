@@ -25,11 +25,13 @@ from jax.typing import DTypeLike
 
 from wanjax.errors import UserError
 from wanjax.models import NETWORKS, Config
+from wanjax.models.check import check_config
 from wanjax.outputs import whole_folder
 from wanjax.precision import F32, is_coarser
 from wanjax.progress import progress_bar
 from wanjax.sharding import spec
 from wanjax.tensor_files import SafetensorsWriter, drop_pages, read_safetensors
+from wanjax.text_files import read_text
 from wanjax.types import PathLike
 
 FORMAT, VERSION = "wanjax", 1
@@ -71,12 +73,21 @@ def read_manifest(folder: PathLike) -> Manifest:
             "update wanjax, or convert the checkpoint again."
         )
     networks = {}
-    for name, values in data.get("networks", {}).items():
+    for name, values in _mapping(data, "networks", path).items():
         if name not in NETWORKS:
             raise UserError(f"{path} names an unknown network '{name}'; update wanjax.")
         networks[name] = parse_config(NETWORKS[name][1], values, where=f"{path}, '{name}'")
         read_safetensors(folder / f"{name}.safetensors")
-    return Manifest(networks, data.get("source", {}))
+    source = _mapping(data, "source", path)
+    return Manifest(networks, {name: _mapping(source, name, path) for name in source})
+
+
+def _mapping(data: Mapping, name: str, path: Path) -> Mapping:
+    """An object within an object of JSON; empty where it is not there."""
+    found = data.get(name, {})
+    if not isinstance(found, Mapping):
+        raise UserError(f"'{name}' in {path} is no JSON object; convert the checkpoint again.")
+    return found
 
 
 def _read_json(folder: Path, path: Path) -> dict:
@@ -85,10 +96,8 @@ def _read_json(folder: Path, path: Path) -> dict:
             f"There is no checkpoint folder '{folder}'; make one with `python -m convert pipeline`."
         )
     try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        data = {}
-    except (OSError, ValueError) as error:
+        data = json.loads(read_text(path)) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); convert the checkpoint again."
         ) from error
@@ -102,12 +111,15 @@ def _read_json(folder: Path, path: Path) -> dict:
 
 def parse_config(kind: type, values: Mapping[str, object], where: str) -> Config:
     """A config from JSON values, all of whose fields must be there and no others."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} is no JSON object; convert the checkpoint again.")
     names = {f.name for f in dataclasses.fields(kind)}
     if unknown := sorted(set(values) - names):
         raise UserError(f"{where} has an unknown field '{unknown[0]}'; update wanjax.")
     if missing := sorted(names - set(values)):
         raise UserError(f"{where} lacks the field '{missing[0]}'; convert the checkpoint again.")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return check_config(kind(**fields), where)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

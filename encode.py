@@ -2,11 +2,9 @@
 
 Films are resampled to 16 fps by time, cut into windows inside their shots, and seen by the VAE,
 umT5 and CLIP; their features are cached. An interrupted encode goes on where it stopped when the
-same command is run again.
+same command is run again; and when films or captions have come, gone or changed, it encodes these.
 """
 
-import hashlib
-import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,9 +16,10 @@ from jaxtyping import UInt8
 from configs import EncodeJob, command_line, parse_mesh
 from wanjax.conditioning import check_size, image_tokens, picture_condition, prepare, size_for
 from wanjax.data.clips import Window, read_dataset, read_windows, windows
-from wanjax.data.features import FeatureSpec, FeatureWriter
+from wanjax.data.features import FeatureSpec, FeatureWriter, Origin
 from wanjax.data.framing import fit_picture
 from wanjax.data.report import summary
+from wanjax.data.video import digest
 from wanjax.errors import UserError, run_script, some
 from wanjax.pipeline import Pipeline
 from wanjax.precision import parse_dtype
@@ -44,10 +43,13 @@ def main() -> None:
         pipeline.require("image_encoder")
     spec = feature_spec(pipeline, job, height, width)
     encoders = [name for name in pipeline.configs if name != "dit"]
-    writer = FeatureWriter(job.out, spec, origin(job, encoders, cut, height, width))
-    todo = [window for window in cut if not writer.done(window.name)]
+    common = origin(job, encoders, height, width)
+    writer = FeatureWriter(job.out, spec, common, origins(cut))
+    names = set(writer.names())
+    todo = [window for window in cut if window.name in names]
     sys.stderr.write(f"{summary(shots, cut)}; {width}x{height}, {len(todo)} to encode\n")
-    texts = encode_captions(pipeline, todo)
+    sys.stderr.writelines(f"  {change}\n" for change in writer.changes())
+    encode_captions(pipeline, writer)
     damaged: list[str] = []
     pipeline.residents.enter("picture")
     with (
@@ -58,9 +60,7 @@ def main() -> None:
             if frames is None:
                 damaged.append(window.name)
                 continue
-            arrays = encode_window(pipeline, job, frames)
-            caption = window.shot.caption
-            writer.add(window.name, window.shot.split, caption, text=texts[caption], **arrays)
+            writer.add(window.name, **encode_window(pipeline, job, frames))
             bar.advance(note=window.name)
     if damaged:
         warnings.warn(
@@ -101,33 +101,48 @@ def feature_spec(pipeline: Pipeline, job: EncodeJob, height: int, width: int) ->
     )
 
 
-def origin(
-    job: EncodeJob, encoders: Sequence[str], cut: Sequence[Window], height: int, width: int
-) -> dict:
-    """All that the features depend on; a cache made under other circumstances is refused."""
-    films = {w.shot.file: w.shot.file.stat().st_size for w in cut}
-    content = [[w.name, w.shot.caption, w.shot.split, films[w.shot.file]] for w in cut]
+def origin(job: EncodeJob, encoders: Sequence[str], height: int, width: int) -> dict:
+    """What the features of all windows depend on; a cache made otherwise is refused."""
     return {
         "checkpoint": {name: fingerprint(job.checkpoint, name) for name in encoders},
         "frames": job.frames,
         "fps": job.fps,
+        "stride": job.stride or job.frames,
+        "cover_end": job.cover_end,
         "height": height,
         "width": width,
         "preprocess": job.preprocess,
-        "windows_and_captions": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
     }
 
 
-def encode_captions(pipeline: Pipeline, cut: Sequence[Window]) -> dict[str, np.ndarray]:
-    """Features of every caption at its true length."""
-    captions = list(dict.fromkeys(window.shot.caption for window in cut))
-    texts = {}
+def origins(cut: Sequence[Window]) -> dict[str, Origin]:
+    """What the features of each window depend on besides; films by their whole content."""
+    files = dict.fromkeys(window.shot.file for window in cut)
+    films = {}
+    with progress_bar("reading the films", len(files)) as bar:
+        for file in files:
+            films[file] = digest(file)
+            bar.advance()
+    return {
+        window.name: Origin(
+            split=window.shot.split,
+            caption=window.shot.caption,
+            film=films[window.shot.file],
+            start=window.start,
+            size=(window.info.height, window.info.width),
+            fps=window.info.fps,
+        )
+        for window in cut
+    }
+
+
+def encode_captions(pipeline: Pipeline, writer: FeatureWriter) -> None:
+    """Keep the features of every caption that is new, at its true length."""
+    captions = writer.captions()
     with progress_bar("Captions", len(captions), hidden=len(captions) < 2) as bar:
         for caption in captions:
-            features = pipeline.encode_prompts([caption])[0]
-            texts[caption] = features[: features.any(-1).cumsum().argmax() + 1]
+            writer.add_caption(caption, pipeline.encode_prompt(caption))
             bar.advance()
-    return texts
 
 
 def encode_window(

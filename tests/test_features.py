@@ -1,5 +1,6 @@
 """The features cache: what goes in comes out, resumed or not; what is not whole is refused."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -13,11 +14,21 @@ import numpy as np
 import pytest
 
 from wanjax.data import features as module
-from wanjax.data.features import Features, FeatureSpec, FeatureWriter
+from wanjax.data.features import Features, FeatureSpec, FeatureWriter, Origin
 from wanjax.errors import UserError
 
 SPEC = FeatureSpec((2, 4, 6, 16), (12, 8), condition=(2, 4, 6, 20), image=(5, 7))
 PRINT = {"checkpoint": "abc", "size": (32, 48), "preprocess": {"name": "official", "clip": 224}}
+
+
+def origin(index, split="train", **changes):
+    """Of window `index`, whose caption has its number."""
+    given = {"caption": f"caption ✓ {index}", "film": "ab12", "start": index / 4}
+    return Origin(split, **given | {"size": (480, 832), "fps": 24.0} | changes)
+
+
+def windows(numbers, split="train"):
+    return {f"film/é {n}@0": origin(n, split) for n in numbers}
 
 
 def arrays(index, spec=SPEC):
@@ -28,14 +39,26 @@ def arrays(index, spec=SPEC):
     return {key: random.normal(size=shape).astype(dtype) for key, shape in shapes.items()}
 
 
-def fill(writer, numbers, split="train"):
-    for n in numbers:
-        writer.add(f"film/é {n}@0", split, f"caption ✓ {n}", **arrays(n, writer.spec))
+def fill(writer, numbers=None):
+    """Encode what is to be encoded, or of that the windows `numbers`; how much that was."""
+    captions = {f"caption ✓ {n}" for n in numbers or ()}
+    todo = [n for n in writer.names() if numbers is None or n in windows(numbers)]
+    texts = [c for c in writer.captions() if numbers is None or c in captions]
+    for caption in texts:
+        writer.add_caption(caption, arrays(number_of(caption), writer.spec)["text"])
+    for name in todo:
+        given = arrays(number_of(name.removesuffix("@0")), writer.spec)
+        writer.add(name, **{key: array for key, array in given.items() if key != "text"})
+    return len(todo), len(texts)
+
+
+def number_of(text):
+    return int(text.split()[-1])
 
 
 def written(out, count=7, spec=SPEC):
-    writer = FeatureWriter(out, spec, PRINT)
-    fill(writer, range(count))
+    writer = FeatureWriter(out, spec, PRINT, windows(range(count)))
+    fill(writer)
     return writer.finish()
 
 
@@ -48,18 +71,20 @@ def assert_example(example, number, spec=SPEC):
     np.testing.assert_array_equal(example["text"][: len(text)], text)
     assert example["text"].shape == spec.text and not example["text"][len(text) :].any()
     assert (example["name"], example["caption"]) == (f"film/é {number}@0", f"caption ✓ {number}")
+    assert example["source_size"].tolist() == [480, 832] and example["source_fps"] == 24
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_goes_in_comes_out(tmp_path, dtype, monkeypatch):
     monkeypatch.setattr(module, "SHARD_BYTES", 20_000)  # so that there are several shards
     spec = FeatureSpec(SPEC.latents, SPEC.text, SPEC.condition, SPEC.image, dtype)
-    writer = FeatureWriter(tmp_path / "f", spec, PRINT)
-    fill(writer, range(7))
-    fill(writer, [8, 9], split="validation")
+    named = windows(range(7)) | windows([8, 9], split="validation")
+    writer = FeatureWriter(tmp_path / "f", spec, PRINT, named)
+    assert fill(writer) == (9, 9)
     writer.finish()
     features = Features.open(tmp_path / "f")
-    assert features.spec == spec and features.fingerprint == json.loads(json.dumps(PRINT))
+    assert features.spec == spec and features.origins == named
+    features.require(PRINT)
     assert features.splits == {"train": 7, "validation": 2} and len(features) == 9
     assert len(list((tmp_path / "f").glob("*train*"))) > 1
     assert len(features.source("train")) == 7
@@ -77,32 +102,137 @@ def test_text_to_video_has_neither_image_nor_condition(tmp_path):
 
 
 def test_jax_arrays_of_another_type_are_cast(tmp_path):
-    writer = FeatureWriter(tmp_path / "f", FeatureSpec((1, 2, 2, 16), (3, 4)), {})
+    spec, named = FeatureSpec((1, 2, 2, 16), (3, 4)), {"a@0": origin(0, caption="c")}
+    writer = FeatureWriter(tmp_path / "f", spec, {}, named)
     latents = jnp.linspace(-3, 3, 64).reshape(1, 2, 2, 16)
-    writer.add("a@0", "train", "c", latents=latents, text=jnp.ones((2, 4)))
+    writer.add_caption("c", jnp.ones((2, 4)))
+    writer.add("a@0", latents=latents)
     stored = writer.finish().example("a@0")["latents"]
     assert stored.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(stored, np.asarray(latents).astype(ml_dtypes.bfloat16))
 
 
+def assert_same(one, other):
+    assert one.origins == other.origins
+    for name in other.names:
+        for key, value in other.example(name).items():
+            np.testing.assert_array_equal(one.example(name)[key], value)
+
+
 def test_an_interrupted_run_goes_on(tmp_path):
-    first = FeatureWriter(tmp_path / "f", SPEC, PRINT)
-    fill(first, [0, 1, 2])
+    first = FeatureWriter(tmp_path / "f", SPEC, PRINT, windows(range(5)))
+    assert fill(first, [0, 1, 2]) == (3, 3)
     with pytest.raises(UserError, match=r"f is only half encoded; run the same"):
         Features.open(tmp_path / "f")
-    second = FeatureWriter(tmp_path / "f", SPEC, PRINT)
-    assert [second.done(f"film/é {n}@0") for n in range(5)] == [True] * 3 + [False] * 2
-    fill(second, [3, 4])
+    second = FeatureWriter(tmp_path / "f", SPEC, PRINT, windows(range(5)))
+    assert second.names() == [f"film/é {n}@0" for n in (3, 4)] and second.changes() == []
+    assert fill(second) == (2, 2)
     resumed = second.finish()
-    straight = written(tmp_path / "g", 5)
-    assert resumed.names == straight.names
-    for name in straight.names:
-        for key, value in straight.example(name).items():
-            np.testing.assert_array_equal(resumed.example(name)[key], value)
-    third = FeatureWriter(tmp_path / "f", SPEC, PRINT)  # nothing left to do
-    assert third.done("film/é 4@0") and len(third.finish()) == 5
-    with pytest.raises(UserError, match=r"f is finished and has no new@0"):
-        third.add("new@0", "train", "c", **arrays(0))
+    assert_same(resumed, written(tmp_path / "g", 5))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "f").iterdir()}
+    third = FeatureWriter(tmp_path / "f", SPEC, PRINT, windows(range(5)))  # nothing left to do
+    assert fill(third) == (0, 0) and len(third.finish()) == 5
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "f").iterdir()}
+
+
+CHANGES = {
+    "a new window": (lambda w: w | windows([5]), (1, 1), "1 new: film/é 5@0"),
+    "one is gone": (lambda w: without(w, 2), (0, 0), "1 gone: film/é 2@0"),
+    "a caption": (lambda w: changed(w, 2, caption="caption ✓ 9"), (0, 1), "1 with another caption"),
+    "a caption of another": (
+        lambda w: changed(w, 2, caption="caption ✓ 1"),
+        (0, 0),
+        "1 with another caption: film/é 2@0",
+    ),
+    "a film": (lambda w: changed(w, 2, film="cd34"), (1, 0), "1 of another film: film/é 2@0"),
+    "a place": (lambda w: changed(w, 2, start=0.7), (1, 0), "1 of another film: film/é 2@0"),
+    "a split": (lambda w: changed(w, 2, split="test"), (0, 0), "1 of another split: film/é 2@0"),
+}
+
+
+def without(named, number):
+    return {name: o for name, o in named.items() if name != f"film/é {number}@0"}
+
+
+def changed(named, number, **changes):
+    name = f"film/é {number}@0"
+    return named | {name: dataclasses.replace(named[name], **changes)}
+
+
+@pytest.mark.parametrize(("change", "encoded", "said"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_only_what_changed_is_encoded(tmp_path, change, encoded, said, interrupted):
+    named = windows(range(5))
+    writer = FeatureWriter(tmp_path / "f", SPEC, PRINT, named)
+    fill(writer)
+    if not interrupted:
+        writer.finish()
+    writer = FeatureWriter(tmp_path / "f", SPEC, PRINT, change(named))
+    if not interrupted:
+        assert len(writer.changes()) == 1 and writer.changes()[0].startswith(said)
+    assert fill(writer) == encoded
+    extended = writer.finish()
+    straight = FeatureWriter(tmp_path / "g", SPEC, PRINT, change(named))
+    fill(straight)
+    assert_same(extended, straight.finish())
+    assert {p.name for p in tmp_path.iterdir()} == {"f", "g"}
+    assert FeatureWriter(tmp_path / "f", SPEC, PRINT, change(named)).changes() == []
+
+
+def test_an_extension_that_is_killed_leaves_the_cache(tmp_path, monkeypatch):
+    written(tmp_path / "f", 3)
+    writer = FeatureWriter(tmp_path / "f", SPEC, PRINT, windows(range(5)))
+    fill(writer, [3])
+    assert len(Features.open(tmp_path / "f")) == 3  # meanwhile it can be trained on
+    writer = FeatureWriter(tmp_path / "f", SPEC, PRINT, windows(range(5)))
+    assert fill(writer) == (1, 1)
+    rename = os.rename
+
+    def killed(self, target):
+        if ".partial-" in self.name:
+            raise KeyboardInterrupt
+        rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            writer.finish()
+    assert len(Features.open(tmp_path / "f")) == 3
+    (tmp_path / "f").rename(tmp_path / "f.replaced")  # as a kill would leave it
+    with pytest.raises(UserError, match="only half encoded; run the same"):
+        Features.open(tmp_path / "f")
+    writer = FeatureWriter(tmp_path / "f", SPEC, PRINT, windows(range(5)))
+    assert fill(writer) == (0, 0) and len(writer.finish()) == 5
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_cache_of_other_windows_is_not_replaced(tmp_path):
+    written(tmp_path / "f", 3)
+    with pytest.raises(
+        UserError, match=r"none of the windows asked for, but film/é 0@0, .*another"
+    ):
+        FeatureWriter(tmp_path / "f", SPEC, PRINT, windows([7, 8]))
+
+
+def test_a_window_that_could_not_be_encoded_is_missing(tmp_path):
+    writer = FeatureWriter(tmp_path / "f", SPEC, PRINT, windows(range(3)))
+    fill(writer, [0, 2])
+    assert list(writer.finish().names) == ["film/é 0@0", "film/é 2@0"]
+    writer = FeatureWriter(tmp_path / "f", SPEC, PRINT, windows(range(3)))
+    assert fill(writer) == (1, 1) and len(writer.finish()) == 3
+
+
+def test_a_cache_of_format_1_can_be_read_and_not_added_to(tmp_path):
+    features = written(tmp_path / "f", 3)
+    path = tmp_path / "f" / module.MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["names"] = {split: list(names) for split, names in manifest.pop("windows").items()}
+    path.write_text(json.dumps(manifest | {"format": 1}))
+    old = Features.open(tmp_path / "f")
+    assert old.names == features.names and old.origins is None
+    assert_example(old.source("train")[1], 1)
+    with pytest.raises(UserError, match="earlier wanjax and can be trained on, but not added to"):
+        FeatureWriter(tmp_path / "f", SPEC, PRINT, windows(range(3)))
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -115,33 +245,37 @@ def test_an_interrupted_run_goes_on(tmp_path):
     ],
 )
 def test_another_fingerprint_is_refused_by_name(tmp_path, finished, change, message):
-    writer = FeatureWriter(tmp_path / "f", SPEC, PRINT)
-    fill(writer, [0])
+    named = windows([0])
+    writer = FeatureWriter(tmp_path / "f", SPEC, PRINT, named)
+    fill(writer)
     if finished:
         writer.finish().require(PRINT)
         with pytest.raises(UserError, match=message):
             Features.open(tmp_path / "f").require(change)
     with pytest.raises(UserError, match=message):
-        FeatureWriter(tmp_path / "f", SPEC, PRINT | change)
+        FeatureWriter(tmp_path / "f", SPEC, PRINT | change, named)
     other = FeatureSpec(SPEC.latents, SPEC.text, SPEC.condition, SPEC.image, "float32")
     with pytest.raises(UserError, match=r'spec\.dtype = "bfloat16"'):
-        FeatureWriter(tmp_path / "f", other, PRINT)
+        FeatureWriter(tmp_path / "f", other, PRINT, named)
 
 
 def test_bad_features_are_refused(tmp_path):
-    writer = FeatureWriter(tmp_path / "f", SPEC, PRINT)
+    writer = FeatureWriter(tmp_path / "f", SPEC, PRINT, {"a@0": origin(0)})
     good = arrays(0)
+    text = good.pop("text")
     nan = good["latents"].copy()
     nan[0, 0, 0, 0] = np.nan
     with pytest.raises(UserError, match=r"latents of a@0 hold NaN"):
-        writer.add("a@0", "train", "c", **good | {"latents": nan})
+        writer.add("a@0", **good | {"latents": nan})
+    with pytest.raises(UserError, match=r"text of a street hold NaN"):
+        writer.add_caption("a street", text * np.float32(np.nan))
     with pytest.raises(ValueError, match="text has shape"):
-        writer.add("a@0", "train", "c", **good | {"text": np.ones((13, 8), np.float32)})
+        writer.add_caption("a street", np.ones((13, 8), np.float32))
     with pytest.raises(ValueError, match="image has shape"):
-        writer.add("a@0", "train", "c", **good | {"image": good["image"][:1]})
+        writer.add("a@0", **good | {"image": good["image"][:1]})
     with pytest.raises(ValueError, match="got"):
-        writer.add("a@0", "train", "c", latents=good["latents"], text=good["text"])
-    assert not writer.done("a@0")
+        writer.add("a@0", latents=good["latents"])
+    assert writer.names() == ["a@0"] and list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="Nothing was encoded"):
         writer.finish()
     with pytest.raises(UserError, match="feature type 'bf16'; did you mean 'bfloat16'"):
@@ -167,8 +301,8 @@ def test_what_is_not_a_whole_cache_is_refused(tmp_path):
     assert len(Features.open(tmp_path / "f")) == 3
     manifest = tmp_path / "f" / module.MANIFEST
     text = manifest.read_text()
-    manifest.write_text(text.replace('"format": 1', '"format": 0'))
-    with pytest.raises(UserError, match="has format 0 and this program reads 1; encode again"):
+    manifest.write_text(text.replace('"format": 2', '"format": 0'))
+    with pytest.raises(UserError, match="has format 0 and this program reads 1 and 2; remove it"):
         Features.open(tmp_path / "f")
     manifest.write_text(text[:50])
     with pytest.raises(UserError, match=r"wanjax\.json is damaged"):
@@ -195,7 +329,7 @@ def test_mistyped_names_get_the_nearest(tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_encoded(tmp_path):
-    writer = FeatureWriter(tmp_path / "f", SPEC, PRINT)
+    writer = FeatureWriter(tmp_path / "f", SPEC, PRINT, windows(range(3)))
     fill(writer, [0, 1])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # stands in for a full disk
@@ -207,8 +341,8 @@ def test_a_full_disk_keeps_what_was_encoded(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["f.staging"]
-    again = FeatureWriter(tmp_path / "f", SPEC, PRINT)
-    assert [again.done(f"film/é {n}@0") for n in range(3)] == [True, True, False]
+    again = FeatureWriter(tmp_path / "f", SPEC, PRINT, windows(range(3)))
+    assert again.names() == ["film/é 2@0"]
     assert len(again.finish()) == 2
 
 

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.test_features import SPEC, assert_example, fill, written
+from tests.test_features import SPEC, assert_example, fill, windows, written
 from wanjax.data.features import Features, FeatureSpec, FeatureWriter
 from wanjax.data.loader import collate, make_loader
 from wanjax.errors import UserError
@@ -19,9 +19,10 @@ COUNT = 7
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
     """Seven windows, each of which is recognised by its latents."""
-    writer = FeatureWriter(tmp_path_factory.mktemp("cache") / "f", SPEC, {})
-    fill(writer, range(COUNT))
-    fill(writer, range(COUNT, COUNT + 2), split="validation")
+    held_out = windows(range(COUNT, COUNT + 2), split="validation")
+    place = tmp_path_factory.mktemp("cache") / "f"
+    writer = FeatureWriter(place, SPEC, {}, windows(range(COUNT)) | held_out)
+    fill(writer)
     return writer.finish()
 
 

@@ -5,6 +5,7 @@ four there is a result here (for train.py in test_scripts_resume.py) that was ma
 """
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -49,12 +50,12 @@ def assert_same_cache(one: Features, other: Features) -> None:
 
 def test_an_encode_that_was_killed_and_interrupted_goes_on(world, features, tmp_path):
     out, staging = tmp_path / "f", tmp_path / "f.staging"
-    staged = lambda n: lambda: len(list(staging.glob("*.safetensors"))) >= n  # noqa: E731
+    staged = lambda n: lambda: len(list(staging.glob("window-*.safetensors"))) >= n  # noqa: E731
     words = encode_words(world, out)
     process = start(*words, cwd=tmp_path, environment=READS_PROGRAMS)
     stop_when(staged(1), process, signal.SIGKILL, -signal.SIGKILL)
     assert not out.exists() and staging.exists()
-    before = len(list(staging.glob("*.safetensors")))
+    before = len(list(staging.glob("window-*.safetensors")))
     said = stop_when(staged(before + 2), start(*words, cwd=tmp_path), signal.SIGINT, 130)
     assert said.endswith("interrupted\n") and f"{10 - before} to encode" in said
     assert [p.name for p in tmp_path.iterdir()] == ["f.staging"]
@@ -62,6 +63,40 @@ def test_an_encode_that_was_killed_and_interrupted_goes_on(world, features, tmp_
     call(*words, cwd=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
     assert_same_cache(Features.open(out), Features.open(features))
+
+
+def test_only_what_is_new_is_encoded(world, features, tmp_path, monkeypatch):
+    """A caption mended takes umT5 alone, a clip that has gone nothing, another film its windows."""
+    out = tmp_path / "f"
+    shutil.copytree(features, out)
+    shutil.copytree(world / "clips", tmp_path / "clips")
+    words = list(encode_words(world, out))
+    words[words.index(world / "clips")] = tmp_path / "clips"
+    (tmp_path / "clips/c0.txt").write_text("a street in the rain 1")  # a caption that is known
+    loaded = []
+    network = Pipeline._network
+    monkeypatch.setattr(
+        Pipeline, "_network", lambda self, name: loaded.append(name) or network(self, name)
+    )
+    said = call(*words, cwd=tmp_path)
+    assert "0 to encode" in said and "5 with another caption: c0@0, c0@4, c0@8 and 2 others" in said
+    assert loaded == [] and Features.open(out).example("c0@0")["caption"].endswith("rain 1")
+    kept = Features.open(out).example("c1@4")
+    film = (tmp_path / "clips/c0.mp4").read_bytes()
+    (tmp_path / "clips/c0.mp4").write_bytes((world / "clips/c1.mp4").read_bytes())
+    (tmp_path / "clips/c2.mp4").write_bytes(film)
+    (tmp_path / "clips/c2.txt").write_text("a new one")
+    said = call(*words, cwd=tmp_path)
+    assert "10 to encode" in said and "5 new: c2@0" in said and "5 of another film: c0@0" in said
+    cache, before = Features.open(out), Features.open(features)
+    for key in ("latents", "condition", "image"):
+        np.testing.assert_array_equal(cache.example("c1@4")[key], kept[key])
+        np.testing.assert_array_equal(cache.example("c0@4")[key], kept[key])
+        np.testing.assert_array_equal(cache.example("c2@4")[key], before.example("c0@4")[key])
+    for name in ("c0.mp4", "c2.mp4"):
+        (tmp_path / "clips" / name).unlink()
+    said = call(*words, cwd=tmp_path)
+    assert "0 to encode" in said and "10 gone: c0@0" in said and len(Features.open(out)) == 5
 
 
 def test_an_encode_that_is_done_does_nothing(world, features, monkeypatch):

@@ -25,24 +25,52 @@ def whole_file(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises `UserError` where `path` exists (unless `replace`), the disk is full or closed to us.
     """
-    with _beside(path, replace) as partial:
+    if not replace or path.is_dir():
+        refuse_existing(path)
+    with _beside(path) as partial:
         yield partial
         os.replace(partial, path)
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill; on leaving it becomes `path`, and after an error nothing remains."""
-    with _beside(path, replace=False) as partial:
+def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """An empty folder to fill; on leaving it becomes `path`, and after an error nothing remains.
+
+    With `replace`, what was there goes when the new one is whole.
+    """
+    if not replace:
+        refuse_existing(path)
+    with _beside(path) as partial:
         partial.mkdir()
         yield partial
-        partial.rename(path)
+        if not replace:
+            partial.rename(path)
+            return
+        path.rename(replaced(path))
+        try:
+            partial.rename(path)
+        except BaseException:
+            replaced(path).rename(path)
+            raise
+        _remove(replaced(path))
+
+
+def replaced(path: Path) -> Path:
+    """Where a folder is for the moment in which another takes its place."""
+    return path.with_name(f"{path.name}.replaced")
+
+
+def put_back(path: Path) -> None:
+    """Mend what a kill in that moment left: the folder of before is there again."""
+    before = replaced(path)
+    if before.exists() and path.exists():
+        _remove(before)
+    elif before.exists():
+        before.rename(path)
 
 
 @contextmanager
-def _beside(path: Path, replace: bool) -> Iterator[Path]:
-    if not replace or path.is_dir():
-        refuse_existing(path)
+def _beside(path: Path) -> Iterator[Path]:
     partial = path.parent / f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

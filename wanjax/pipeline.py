@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -36,7 +37,7 @@ from wanjax.residency import Residency, Residents
 from wanjax.sharding import check_heads, check_rows, one_device
 from wanjax.solvers import initial_noise, initial_state, make_schedule
 from wanjax.text import Tokenizer, check_vocabulary, default_negative
-from wanjax.types import Condition, PathLike, Tokens
+from wanjax.types import Condition, PathLike
 from wanjax.weights import abstract_network, device_bytes, fingerprint, load_network, read_config
 
 
@@ -226,20 +227,36 @@ class Pipeline:
     def encode_prompts(self, prompts: Sequence[str]) -> Float[np.ndarray, "B L C"]:
         """umT5 features, zero after the end of each prompt. Known prompts, of this run or of an
         earlier one, are not encoded again."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
-        if new:
-            tokens = self._tokenize(new)
-            encoder = fingerprint(self.folder, self._require("text_encoder"))
-            cache = PromptCache(encoder, jnp.dtype(self.dtype).name)
-            for prompt, ids, mask in zip(new, tokens.ids, tokens.mask):
-                features = cache.get(ids)
-                if features is None:
-                    self.residents.enter("text")
-                    with self.on_mesh():
-                        features = encode_text(self.text_encoder, Tokens(ids[None], mask[None]))[0]
-                    cache.put(ids, features)
-                self._prompts[prompt] = features
-        return np.stack([self._prompts[p] for p in prompts])
+        for prompt in prompts:
+            if prompt not in self._prompts:
+                self._prompts[prompt] = self.encode_prompt(prompt)
+        length = self.configs[self._require("dit")].text_len
+        known = [self._prompts[prompt] for prompt in prompts]
+        return np.stack([np.pad(text, ((0, length - len(text)), (0, 0))) for text in known])
+
+    def encode_prompt(self, prompt: str) -> Float[np.ndarray, "n C"]:
+        """umT5 features of one prompt at its true length, which only the cache on disk keeps."""
+        tokens = self._tokenizer([prompt])
+        check_vocabulary(
+            tokens, self.configs[self._require("text_encoder")].vocab_size, self.folder
+        )
+        length = int(tokens.mask.sum())
+        features = self._prompt_cache.get(tokens.ids[0, :length])
+        if features is None:
+            self.residents.enter("text")
+            with self.on_mesh():
+                features = np.asarray(encode_text(self.text_encoder, tokens)[0][:length])
+            self._prompt_cache.put(tokens.ids[0, :length], features)
+        return features
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.folder / "tokenizer", self.configs[self._require("dit")].text_len)
+
+    @cached_property
+    def _prompt_cache(self) -> PromptCache:
+        encoder = fingerprint(self.folder, self._require("text_encoder"))
+        return PromptCache(encoder, jnp.dtype(self.dtype).name)
 
     def encode_pictures(self, pictures: Float[np.ndarray, "P H W 3"]) -> Float[np.ndarray, "1 S C"]:
         """CLIP's tokens of one picture or two, joined along S; known pictures are not encoded
@@ -250,16 +267,6 @@ class Pipeline:
             with self.on_mesh():
                 self._pictures[key] = np.asarray(image_tokens(self.image_encoder, pictures))
         return self._pictures[key]
-
-    def _tokenize(self, prompts: Sequence[str]) -> Tokens:
-        tokenizer = Tokenizer(
-            self.folder / "tokenizer", self.configs[self._require("dit")].text_len
-        )
-        tokens = tokenizer(prompts)
-        check_vocabulary(
-            tokens, self.configs[self._require("text_encoder")].vocab_size, self.folder
-        )
-        return tokens
 
     def generate(
         self,

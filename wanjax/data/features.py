@@ -1,10 +1,12 @@
 """The features cache: what the frozen encoders say of every window, computed once, read at random.
 
-While encoding, each window is a file of its own in `OUT.staging`, so an interrupted run goes on
-where it stopped. `finish` turns them into a TensorFlow Datasets folder of array_record shards,
-written and read without TensorFlow and without a network, with `wanjax.json` beside the shards: the
-shapes, the fingerprint of all that the features depend on, the windows' names, the files' sizes.
-Any TFDS reader opens the folder by `tfds.builder_from_directory(OUT)`.
+While encoding, each window and each caption is a file of its own in `OUT.staging`, so an
+interrupted run goes on where it stopped. `finish` turns them into a TensorFlow Datasets folder of
+array_record shards, written and read without TensorFlow and without a network, with `wanjax.json`
+beside the shards: the shapes, the fingerprint of all that every window depends on, the origin of
+each (its film, place and caption), the files' sizes. When films or captions have changed, the cache
+is made anew from what it holds and from what had to be encoded. Any TFDS reader opens the folder by
+`tfds.builder_from_directory(OUT)`.
 
 `tfds.core.SequentialWriter` writes it, not a `GeneratorBasedBuilder`: that one spills splits above
 1 GB through TensorFlow's file functions, and wants its code registered under a global name.
@@ -12,9 +14,11 @@ Any TFDS reader opens the folder by `tfds.builder_from_directory(OUT)`.
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +27,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from safetensors.numpy import save
 
-from wanjax.errors import UserError, nearest
-from wanjax.outputs import require_writable, whole_file, whole_folder
+from wanjax.errors import UserError, nearest, some
+from wanjax.outputs import put_back, replaced, require_writable, whole_file, whole_folder
 from wanjax.progress import progress_bar
 from wanjax.tensor_files import read_safetensors
 from wanjax.types import PathLike
@@ -32,7 +36,8 @@ from wanjax.types import PathLike
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # format 1 kept no origins of its windows
 MANIFEST = "wanjax.json"
 NAME = "wanjax_features"
 SHARD_BYTES = 256 << 20
@@ -67,106 +72,211 @@ class FeatureSpec:
         return shapes | {name: shape for name, shape in optional.items() if shape is not None}
 
 
-class FeatureWriter:
-    """Collects the features of windows at `out`; what an earlier run did is kept.
+@dataclass(frozen=True)
+class Origin:
+    """What the features of one window depend on, besides what all have in common.
 
-    `fingerprint` (JSON values) holds all that the features depend on: checkpoint, preprocessing,
-    sizes, captions. Raises `UserError`, naming the field, if an earlier run at `out` had another.
+    `film` is a hash of the film's content, `start` and `fps` (the film's own rate) are in seconds,
+    `size` is the film's height and width as shown.
     """
 
-    def __init__(self, out: PathLike, spec: FeatureSpec, fingerprint: Mapping[str, Any]):
-        self.out, self.spec = Path(out), spec
+    split: str
+    caption: str
+    film: str
+    start: float
+    size: tuple[int, int]
+    fps: float
+
+    def same_pictures(self, other: "Origin | None") -> bool:
+        """Whether what the VAE and CLIP say is the same."""
+        return other is not None and (self.film, self.start) == (other.film, other.start)
+
+
+class FeatureWriter:
+    """Collects the features of `windows` (name → origin) at `out`; what is there is kept.
+
+    `fingerprint` (JSON values) holds what the features of every window depend on: checkpoint,
+    preprocessing, sizes. Raises `UserError`, naming the field, if what is at `out` had another, and
+    for a cache that has none of the windows.
+    """
+
+    def __init__(
+        self,
+        out: PathLike,
+        spec: FeatureSpec,
+        fingerprint: Mapping[str, Any],
+        windows: Mapping[str, Origin],
+    ):
+        self.out, self.spec, self.windows = Path(out), spec, dict(windows)
         self.staging = self.out.with_name(f"{self.out.name}.staging")
         self.fingerprint = json.loads(json.dumps(fingerprint))
+        put_back(self.out)
         if self.out.exists() and not (self.out / MANIFEST).is_file():
             raise UserError(f"{self.out} exists and is no features cache; choose another --out.")
-        self._whole = Features.open(self.out) if self.out.exists() else None
+        self._kept = Features.open(self.out) if self.out.exists() else None
         self._begun = self.staging / MANIFEST
         self._header = {"format": FORMAT, "spec": asdict(spec), "fingerprint": self.fingerprint}
-        if self._whole:
-            self._whole.require(_flat(self._header))
-            shutil.rmtree(self.staging, ignore_errors=True)  # of a run killed at its very end
-        elif self._begun.is_file():
-            begun = _read_manifest(self._begun)
+        if self._kept:
+            self._check_kept(self._kept)
+        if self._begun.is_file():
+            begun = _read_manifest(self._begun, (FORMAT,))
             _refuse_difference(_flat(begun), _flat(self._header), self.staging)
         require_writable(self._begun)
 
-    def done(self, name: str) -> bool:
-        """Whether the window `name` need not be encoded again."""
-        if self._whole:
-            return name in self._whole.names
-        return self._staged(name).is_file()
+    def _check_kept(self, kept: "Features") -> None:
+        if kept.origins is None:
+            raise UserError(
+                f"{self.out} was encoded by an earlier wanjax and can be trained on, but not added "
+                "to; encode into another --out."
+            )
+        _refuse_difference(kept.common, _flat(self._header), self.out)
+        if not kept.origins.keys() & self.windows.keys():
+            raise UserError(
+                f"{self.out} has none of the windows asked for, but {some(list(kept.origins))}; "
+                "choose another --out."
+            )
+
+    def changes(self) -> list[str]:
+        """What is new, different or gone since the cache was finished, a line for each kind."""
+        if self._kept is None:
+            return []
+        then, now = self._kept.origins, self.windows
+        both = [name for name in now if name in then]
+        kinds = {
+            "new": [name for name in now if name not in then],
+            "of another film": [n for n in both if not now[n].same_pictures(then[n])],
+            "with another caption": [n for n in both if now[n].caption != then[n].caption],
+            "of another split": [n for n in both if now[n].split != then[n].split],
+            "gone": [name for name in then if name not in now],
+        }
+        return [f"{len(names)} {kind}: {some(names)}" for kind, names in kinds.items() if names]
+
+    def captions(self) -> list[str]:
+        """The captions that are yet to be encoded."""
+        wanted = dict.fromkeys(origin.caption for origin in self.windows.values())
+        return [c for c in wanted if c not in self._kept_captions and not self._text(c).is_file()]
+
+    def names(self) -> list[str]:
+        """The windows that are yet to be encoded."""
+        return [
+            name
+            for name in self.windows
+            if not self._is_kept(name) and not self._pictures(name).is_file()
+        ]
+
+    def add_caption(self, caption: str, text: Float[AnyArray, "n C"]) -> None:
+        """Keep one caption's features, at their true length. Raises `UserError` for NaN."""
+        self._stage(self._text(caption), {"text": _checked(text, "text", self.spec, caption)})
 
     def add(
         self,
         name: str,
-        split: str,
-        caption: str,
         *,
         latents: Float[AnyArray, "t h w C"],
-        text: Float[AnyArray, "n C2"],
         condition: Float[AnyArray, "t h w C3"] | None = None,
         image: Float[AnyArray, "S C4"] | None = None,
     ) -> None:
-        """Keep one window's features; `text` has its true length. Raises `UserError` for NaN."""
-        if self._whole:
-            raise UserError(f"{self.out} is finished and has no {name}; choose another --out.")
-        given = {"latents": latents, "text": text, "condition": condition, "image": image}
+        """Keep what the VAE and CLIP say of a window. Raises `UserError` for NaN."""
+        given = {"latents": latents, "condition": condition, "image": image}
         arrays = {
             key: _checked(array, key, self.spec, name)
             for key, array in given.items()
             if array is not None
         }
-        if arrays.keys() != self.spec.stored.keys():
+        if arrays.keys() != self.spec.stored.keys() - {"text"}:
             raise ValueError(f"{name}: got {sorted(arrays)} for {sorted(self.spec.stored)}")
-        metadata = {"name": name, "split": split, "caption": caption}
+        self._stage(self._pictures(name), arrays)
+
+    def finish(self) -> "Features":
+        """Make the data set of all windows that are encoded, whole or not at all, and remove the
+        staging. What the cache had before and is not among the windows goes."""
+        missing = {*self.names()}
+        origins = {name: origin for name, origin in self.windows.items() if name not in missing}
+        if not origins:
+            raise UserError(f"Nothing was encoded into {self.staging}; give a data set of films.")
+        if self._kept is None or self._kept.origins != origins:
+            with whole_folder(self.out, replace=self._kept is not None) as folder:
+                self._write(folder, origins)
+            self._kept = Features.open(self.out)
+        shutil.rmtree(self.staging, ignore_errors=True)
+        return self._kept
+
+    @cached_property
+    def _kept_captions(self) -> dict[str, str]:
+        """For each caption in the finished cache, a window that has it."""
+        origins = self._kept.origins if self._kept else {}
+        return {origin.caption: name for name, origin in origins.items()}
+
+    def _is_kept(self, name: str) -> bool:
+        return bool(self._kept) and self.windows[name].same_pictures(self._kept.origins.get(name))
+
+    def _text(self, caption: str) -> Path:
+        return self._staged("caption", caption)
+
+    def _pictures(self, name: str) -> Path:
+        origin = self.windows[name]
+        return self._staged("window", json.dumps([name, origin.film, origin.start]))
+
+    def _staged(self, kind: str, key: str) -> Path:
+        # A digest, since a window's name may be no file name.
+        digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        return self.staging / f"{kind}-{digest}.safetensors"
+
+    def _stage(self, file: Path, arrays: dict[str, np.ndarray]) -> None:
         if not self._begun.is_file():  # not earlier: an encode that fails before leaves nothing
             with whole_file(self._begun, replace=True) as partial:
                 partial.write_text(json.dumps(self._header))
-        with whole_file(self._staged(name), replace=True) as partial:
-            partial.write_bytes(save(arrays, metadata))
+        with whole_file(file, replace=True) as partial:
+            partial.write_bytes(save(arrays))
 
-    def finish(self) -> "Features":
-        """Make the data set of what is staged, whole or not at all, and remove the staging."""
-        if self._whole:
-            return self._whole
-        staged = self._by_split()
-        if not staged:
-            raise UserError(f"Nothing was encoded into {self.staging}; give a data set of films.")
-        with whole_folder(self.out) as folder:
-            self._write(folder, staged)
-            manifest = {
-                "format": FORMAT,
-                "spec": asdict(self.spec),
-                "fingerprint": self.fingerprint,
-                "names": {split: list(files) for split, files in staged.items()},
-                "files": {f.name: f.stat().st_size for f in sorted(folder.iterdir())},
-            }
-            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        shutil.rmtree(self.staging)
-        self._whole = Features.open(self.out)
-        return self._whole
+    def _arrays(self, name: str) -> dict[str, np.ndarray]:
+        """A window's features, as they are stored."""
+        caption = self.windows[name].caption
+        if self._is_kept(name):
+            kept = self._kept.record(name)
+            arrays = {key: kept[key] for key in self.spec.stored}
+        else:
+            arrays = dict(read_safetensors(self._pictures(name)).tensors)
+        if self._text(caption).is_file():
+            return arrays | dict(read_safetensors(self._text(caption)).tensors)
+        return arrays | {"text": self._kept.record(self._kept_captions[caption])["text"]}
 
-    def _staged(self, name: str) -> Path:
-        # A digest, since a window's name may be no file name.
-        digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
-        return self.staging / f"{digest}.safetensors"
+    def _write(self, folder: Path, origins: dict[str, Origin]) -> None:
+        splits: dict[str, dict[str, Origin]] = {}
+        for name, origin in sorted(origins.items(), key=lambda item: (item[1].split, item[0])):
+            splits.setdefault(origin.split, {})[name] = origin
+        writer = self._shard_writer(folder)
+        writer.initialize_splits(list(splits))
+        with progress_bar("writing the features", len(origins)) as bar:
+            for split, windows in splits.items():
+                for name, origin in windows.items():
+                    facts = {"name": name, "caption": origin.caption}
+                    facts |= {"source_size": origin.size, "source_fps": origin.fps}
+                    writer.add_examples({split: [self._arrays(name) | facts]})
+                    bar.advance()
+        writer.close_all()
+        manifest = self._header | {
+            "windows": {
+                split: {name: _without_split(origin) for name, origin in windows.items()}
+                for split, windows in splits.items()
+            },
+            "files": {f.name: f.stat().st_size for f in sorted(folder.iterdir())},
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
-    def _by_split(self) -> dict[str, dict[str, Path]]:
-        files: dict[str, dict[str, Path]] = {}
-        for file in self.staging.glob("*.safetensors"):
-            metadata = read_safetensors(file).metadata
-            files.setdefault(metadata["split"], {})[metadata["name"]] = file
-        return {split: dict(sorted(files[split].items())) for split in sorted(files)}
-
-    def _write(self, folder: Path, staged: dict[str, dict[str, Path]]) -> None:
+    def _shard_writer(self, folder: Path) -> Any:
         tfds = _tfds()
         dtype, encoding = DTYPES[self.spec.dtype], tfds.features.Encoding.BYTES
+        shapes = self.spec.stored
         features = {
             key: tfds.features.Tensor(shape=shape, dtype=dtype, encoding=encoding)
-            for key, shape in self.spec.stored.items()
+            for key, shape in shapes.items()
+        } | {
+            "name": tfds.features.Text(),
+            "caption": tfds.features.Text(),
+            "source_size": tfds.features.Tensor(shape=(2,), dtype=np.int32),
+            "source_fps": tfds.features.Scalar(dtype=np.float32),
         }
-        texts = {"name": tfds.features.Text(), "caption": tfds.features.Text()}
         identity = tfds.core.dataset_info.DatasetIdentity(
             name=NAME, version=tfds.core.Version(f"{FORMAT}.0.0"), data_dir=str(folder),
             module_name=__name__,
@@ -174,19 +284,11 @@ class FeatureWriter:
         info = tfds.core.DatasetInfo(
             builder=identity,
             description="Latents and conditions of video windows, encoded by Wan2.1's encoders.",
-            features=tfds.features.FeaturesDict(features | texts),
+            features=tfds.features.FeaturesDict(features),
         )
-        files = [(split, file) for split, named in staged.items() for file in named.values()]
-        per_shard = max(1, SHARD_BYTES // max(file.stat().st_size for _, file in files))
-        writer = tfds.core.SequentialWriter(info, per_shard, file_format="array_record")
-        writer.initialize_splits(list(staged))
-        with progress_bar("writing the features", len(files)) as bar:
-            for split, file in files:
-                stored = read_safetensors(file)
-                texts = {key: stored.metadata[key] for key in ("name", "caption")}
-                writer.add_examples({split: [{**stored.tensors, **texts}]})
-                bar.advance()
-        writer.close_all()
+        numbers = sum(math.prod(shape) for shape in (shapes | {"text": self.spec.text}).values())
+        per_shard = max(1, SHARD_BYTES // (numbers * dtype.itemsize))
+        return tfds.core.SequentialWriter(info, per_shard, file_format="array_record")
 
 
 @dataclass(frozen=True)
@@ -201,44 +303,64 @@ class Source:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        try:
-            record = self.records[index]
-        except Exception as error:  # array_record and its decoder raise whatever they like
-            raise UserError(
-                f"Window {index} in {self.path} cannot be read ({error}); encode it again."
-            ) from error
+        record = self.record(index)
         text = np.zeros(self.spec.text, DTYPES[self.spec.dtype])
         text[: len(record["text"])] = record["text"]
         example = {"condition": None, "image": None, **record, "text": text}
         return example | {key: record[key].decode() for key in ("name", "caption")}
 
+    def record(self, index: int) -> Example:
+        """One window as it is stored: its text at its true length, name and caption in bytes."""
+        try:
+            return self.records[index]
+        except Exception as error:  # array_record and its decoder raise whatever they like
+            raise UserError(
+                f"Window {index} in {self.path} cannot be read ({error}); encode it again."
+            ) from error
+
 
 class Features:
-    """An opened cache: `spec`, `fingerprint`, `splits` (windows in each), and the examples."""
+    """An opened cache: `spec`, `fingerprint`, `splits` (windows in each), and the examples.
+
+    `origins` are those of the windows (None in a cache of format 1); the fingerprint has a hash of
+    them.
+    """
 
     def __init__(self, path: Path, manifest: dict[str, Any], builder: "tfds.core.DatasetBuilder"):
         self.path, self._builder = path, builder
         self._sources: dict[str, Source] = {}
         spec = manifest["spec"].items()
         self.spec = FeatureSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in spec})
+        self.common = _flat(manifest)  # what all windows depend on
         self.fingerprint: dict[str, Any] = manifest["fingerprint"]
-        self.splits: dict[str, int] = {s: len(names) for s, names in manifest["names"].items()}
+        windows = manifest["windows"] if manifest["format"] > 1 else manifest["names"]
+        self.splits: dict[str, int] = {split: len(names) for split, names in windows.items()}
         self.names: dict[str, tuple[str, int]] = {
             name: (split, index)
-            for split, names in manifest["names"].items()
+            for split, names in windows.items()
             for index, name in enumerate(names)
         }
+        self.origins: dict[str, Origin] | None = None
+        if manifest["format"] > 1:
+            self.origins = {
+                name: Origin(split, **facts | {"size": tuple(facts["size"])})
+                for split, named in windows.items()
+                for name, facts in named.items()
+            }
+            digest = hashlib.sha256(json.dumps(windows).encode()).hexdigest()[:16]
+            self.fingerprint = self.fingerprint | {"windows": digest}
 
     @classmethod
     def open(cls, path: PathLike) -> "Features":
         """Open what `encode.py` made. Raises `UserError` for anything else, or less than all."""
         path = Path(path)
-        if path.with_name(f"{path.name}.staging").exists() and not path.exists():
+        begun = path.with_name(f"{path.name}.staging").exists() or replaced(path).exists()
+        if begun and not path.exists():
             raise UserError(f"{path} is only half encoded; run the same encode.py command again.")
         if not (path / MANIFEST).is_file():
             what = "is no features cache" if path.exists() else "does not exist"
             raise UserError(f"{path} {what}; make one by encode.py.")
-        manifest = _read_manifest(path / MANIFEST)
+        manifest = _read_manifest(path / MANIFEST, READABLE)
         for name, size in manifest["files"].items():
             file = path / name
             if not file.is_file() or file.stat().st_size != size:
@@ -276,6 +398,11 @@ class Features:
         split, index = self.names[name]
         return self.source(split)[index]
 
+    def record(self, name: str) -> Example:
+        """The window called `name`, as it is stored."""
+        split, index = self.names[name]
+        return self.source(split).record(index)
+
 
 def _checked(array: AnyArray, key: str, spec: FeatureSpec, name: str) -> np.ndarray:
     array, shape = np.asarray(array), spec.stored.get(key, ())
@@ -296,15 +423,21 @@ def _tfds() -> Any:
     return tensorflow_datasets
 
 
-def _read_manifest(file: Path) -> dict[str, Any]:
+def _without_split(origin: Origin) -> dict[str, Any]:
+    return {key: value for key, value in asdict(origin).items() if key != "split"}
+
+
+def _read_manifest(file: Path, formats: tuple[int, ...]) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text())
         version = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged; remove {file.parent} and encode again.") from error
-    if version != FORMAT:
+    if version not in formats:
+        readable = " and ".join(map(str, formats))
         raise UserError(
-            f"{file.parent} has format {version} and this program reads {FORMAT}; encode again."
+            f"{file.parent} has format {version} and this program reads {readable}; "
+            "remove it and encode again."
         )
     return manifest
 

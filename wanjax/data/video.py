@@ -11,6 +11,7 @@ carry no presentation times (AVI), or whose times jump (pieces laid end to end).
 refused.
 """
 
+import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -118,6 +119,15 @@ def probe(path: PathLike) -> VideoInfo:
         stretches=tuple((times[n], end) for n, end in zip(breaks, ends)),
         times=None if trusted else tuple(times),
     )
+
+
+def digest(path: PathLike) -> str:
+    """A short hash of all of a film's file: a film replaced by another of its size is another."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the file.") from error
 
 
 def read_video(

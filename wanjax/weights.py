@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 
 from wanjax.errors import UserError
 from wanjax.models import NETWORKS, Config
-from wanjax.models.check import check_config
+from wanjax.models.check import check_config, check_runs
 from wanjax.outputs import whole_folder
 from wanjax.precision import F32, is_coarser
 from wanjax.progress import progress_bar
@@ -55,11 +55,14 @@ class Manifest:
 
 
 def read_config(folder: PathLike) -> dict[str, Config]:
-    """The configs of the networks in a native folder, whose files are whole.
+    """The configs of the networks in a native folder, whose files are whole, to run them.
 
     Raises `UserError` for a folder that is missing, not ours, of a newer version, or truncated.
     """
-    return dict(read_manifest(folder).networks)
+    networks = dict(read_manifest(folder).networks)
+    for name, config in networks.items():
+        check_runs(config, f"The {name} in {folder}")
+    return networks
 
 
 def read_manifest(folder: PathLike) -> Manifest:

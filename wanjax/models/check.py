@@ -27,6 +27,19 @@ def check_config(config: Config, where: str) -> Config:
     return config
 
 
+def check_runs(config: Config, where: str) -> None:
+    """Refuse a diffusion model that can be built and is none of Wan2.1's: it takes 16 channels, or
+    36 with a picture. An older wanjax converted such ones."""
+    if isinstance(config, DiTConfig):
+        channels = (config.in_channels, config.out_channels, config.image_dim is not None)
+        if channels not in ((16, 16, False), (36, 16, True)):
+            clip = "with" if channels[2] else "without"
+            raise UserError(
+                f"{where} is a model of {channels[0]} input and {channels[1]} output channels "
+                f"{clip} a CLIP branch, which is none of Wan2.1's; use a Wan2.1 checkpoint."
+            )
+
+
 def check_field(kind: type, name: str, value: object, where: str, called: str = "") -> None:
     """Refuse a value that is not of its field's type, or out of all proportion; `called` is what
     the file calls the field."""
@@ -81,13 +94,9 @@ def _requirements(config: Config) -> dict[str, bool]:
     """What must hold between the fields, and whether it does."""
     if isinstance(config, DiTConfig):
         has_image = config.image_dim is not None
-        channels = (config.in_channels, config.out_channels)
         return {
             "heads of an even size, which divide dim": config.dim % (2 * config.num_heads) == 0,
             "an even freq_dim": config.freq_dim % 2 == 0,
-            "16 input channels, or 36 with image_dim, and 16 output channels": (
-                channels == ((36, 16) if has_image else (16, 16))
-            ),
             "image_dim, having image_positions": has_image or config.image_positions is None,
         }
     if isinstance(config, VAEConfig):

@@ -18,7 +18,7 @@ from wanjax.conditioning import check_size, image_tokens, picture_condition, pre
 from wanjax.data.clips import Window, read_dataset, read_windows, windows
 from wanjax.data.features import FeatureSpec, FeatureWriter, Origin
 from wanjax.data.framing import fit_picture
-from wanjax.data.report import summary
+from wanjax.data.report import describe_films, refuse_cropped, summary, warn_of_cuts
 from wanjax.data.video import digest
 from wanjax.errors import UserError, run_script, some
 from wanjax.pipeline import Pipeline
@@ -37,6 +37,7 @@ def main() -> None:
             f"{job.fps:g} fps; use fewer --frames, or longer clips."
         )
     height, width = choose_size(job, cut)
+    refuse_cropped(cut, height, width, job.max_crop)
     pipeline = Pipeline(job.checkpoint, dtype=parse_dtype(job.dtype), mesh=parse_mesh(job.mesh))
     pipeline.require("dit", "vae", "text_encoder")
     if pipeline.configs["dit"].image_dim is not None:
@@ -48,7 +49,10 @@ def main() -> None:
     names = set(writer.names())
     todo = [window for window in cut if window.name in names]
     sys.stderr.write(f"{summary(shots, cut)}; {width}x{height}, {len(todo)} to encode\n")
-    sys.stderr.writelines(f"  {change}\n" for change in writer.changes())
+    said = [*writer.changes(), *describe_films(cut, height, width)]
+    sys.stderr.writelines(f"  {line}\n" for line in said)
+    if torn := warn_of_cuts(todo):
+        warnings.warn(torn, stacklevel=1)
     encode_captions(pipeline, writer)
     damaged: list[str] = []
     pipeline.residents.enter("picture")

@@ -33,6 +33,8 @@ class EncodeJob:
     """Height in pixels, divisible by 16; with --width it replaces --area."""
     width: int | None = None
     """Width in pixels, divisible by 16."""
+    max_crop: float = 0.5
+    """Share of its picture that a film may lose where its aspect is another; 1 allows all."""
     preprocess: Literal["official", "diffusers"] = "official"
     """How a picture becomes the encoders' input; must be the same when sampling."""
     default_caption: str | None = None

@@ -24,9 +24,20 @@ def fit_picture(
     source_height, source_width, _ = picture.shape
     if (source_height, source_width) == (height, width):
         return picture
-    scale = min(source_height / height, source_width / width)
+    scale = 1 / enlargement(source_height, source_width, height, width)
     left = (source_width - width * scale) / 2
     top = (source_height - height * scale) / 2
     box = (left, top, left + width * scale, top + height * scale)
     image = Image.fromarray(np.ascontiguousarray(picture))
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box))
+
+
+def enlargement(source_height: int, source_width: int, height: int, width: int) -> float:
+    """How many times as large a picture becomes (below 1: it shrinks)."""
+    return max(height / source_height, width / source_width)
+
+
+def cut_away(source_height: int, source_width: int, height: int, width: int) -> float:
+    """The share of a picture that juts out, from 0 to 1."""
+    factor = enlargement(source_height, source_width, height, width)
+    return 1 - height * width / (source_height * source_width * factor**2)

@@ -314,7 +314,7 @@ def _continuous(raw: Sequence[float | None], jump: float) -> list[float]:
     return times
 
 
-def _timed(
+def timed_frames(
     container: av.container.InputContainer, stream: av.VideoStream, info: VideoInfo
 ) -> Timed:
     """Frames with their times, from where the container stands; None is a loss."""
@@ -335,7 +335,7 @@ def _shown_from(
     container: av.container.InputContainer, stream: av.VideoStream, info: VideoInfo, start: float
 ) -> Timed:
     """Frames from one shown before `start` on, each with the time at which the next replaces it."""
-    timed = _timed(container, stream, info)
+    timed = timed_frames(container, stream, info)
     if start > 1 and info.times is None:
         # Half a second of margin: some containers seek by decoding time.
         container.seek(int((info.origin + start - 0.5) / stream.time_base), stream=stream)
@@ -343,7 +343,7 @@ def _shown_from(
         if sought is None or sought[1] > start:  # an index that leads astray
             container.seek(int(info.origin / stream.time_base), stream=stream)
             sought = None
-            timed = _timed(container, stream, info)
+            timed = timed_frames(container, stream, info)
         timed = timed if sought is None else chain([sought], timed)
     before, lasting = None, 1 / info.fps
     for frame, time in timed:

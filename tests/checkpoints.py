@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 from convert.mapping import leaf_shapes
 from convert.networks import TABLES, layers
 from convert.sources import read_networks
-from convert.table import from_native
 from examples.toy_tokenizer import train_toy_tokenizer
+from tests.tables import from_native
 from wanjax.models.clip import CLIPVisionConfig
 from wanjax.models.dit import DiTConfig
 from wanjax.models.umt5 import UMT5Config

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wanjax.errors import UserError
-from wanjax.solvers import initial_state, make_schedule, solve, step
+from wanjax.solvers import Coefficients, initial_state, make_schedule, step
 
 UNIPC_40_5 = (
     "999,994,989,983,978,972,965,959,952,944,937,929,920,911,902,892,882,870,859,846,833,818,803,"
@@ -17,6 +17,17 @@ UNIPC_40_3 = (
     "688,666,642,617,590,562,531,499,465,428,388,345,299,249,195,136,71"
 )
 UNIPC_20_5 = "999,989,978,965,952,937,920,902,882,859,833,803,768,728,681,624,555,468,356,208"
+
+
+def solve(velocity, noise: jax.Array, schedule) -> jax.Array:
+    """Integrate from `noise` to data inside one `lax.scan`; `velocity(x, timestep)`."""
+
+    def body(state, row):
+        timestep, coefficients = row
+        return step(state, velocity(state.x, timestep), coefficients), None
+
+    rows = (jnp.asarray(schedule.timesteps), Coefficients(*map(jnp.asarray, schedule.coefficients)))
+    return jax.lax.scan(body, initial_state(noise), rows)[0].x
 
 
 @pytest.mark.parametrize(

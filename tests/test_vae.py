@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.table import from_native
 from convert.vae import rows
 from tests.programs import products
+from tests.tables import from_native
 from wanjax.causal import Memory, _convolve, _convolve_frames
 from wanjax.errors import UserError
 from wanjax.models.vae import VAE, VAEConfig, _check_video, tiles

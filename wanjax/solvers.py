@@ -206,16 +206,3 @@ SOLVERS: dict[str, Callable[[np.ndarray], list[Coefficients]]] = {
     "dpm++": _dpm_plus_plus,
     "euler": _euler,
 }
-
-
-def solve(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, schedule: Schedule
-) -> jax.Array:
-    """Integrate from `noise` to data inside one `lax.scan`; `velocity(x, timestep)`."""
-
-    def body(state: State, row: tuple[jax.Array, Coefficients]) -> tuple[State, None]:
-        timestep, coefficients = row
-        return step(state, velocity(state.x, timestep), coefficients), None
-
-    rows = (jnp.asarray(schedule.timesteps), Coefficients(*map(jnp.asarray, schedule.coefficients)))
-    return jax.lax.scan(body, initial_state(noise), rows)[0].x

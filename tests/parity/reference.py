@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.table import to_native
+from tests.tables import to_native
 
 torch = pytest.importorskip("torch", reason="parity tests compare with PyTorch")
 

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from convert.clip import PREFIX, rows
-from convert.table import expand, from_native, to_native
+from convert.table import expand
 from tests.parity.reference import leaves_of, load_state, randomise, relative_error, torch
+from tests.tables import from_native, to_native
 from wanjax.errors import UserError
 from wanjax.models.clip import CLIPVision, CLIPVisionConfig
 

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from convert.dit import rows
-from convert.table import expand, from_native, to_native
+from convert.table import expand
 from tests.parity.reference import from_torch, load_state, randomise, relative_error
+from tests.tables import from_native, to_native
 from wanjax.models.dit import Block, DiT, DiTConfig
 from wanjax.rope import axis_sizes, rotary_table
 from wanjax.weights import random_network

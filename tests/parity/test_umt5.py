@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.table import expand, from_native, to_native
+from convert.table import expand
 from convert.umt5 import ALIASES, rows
 from tests.parity.reference import leaves_of, load_state, randomise, relative_error, torch
+from tests.tables import from_native, to_native
 from wanjax.models.umt5 import UMT5, UMT5Config, relative_buckets
 
 pytestmark = pytest.mark.compiles

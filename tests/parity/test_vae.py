@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.table import expand, from_native, to_native
+from convert.table import expand
 from convert.vae import rows
 from tests.parity.reference import from_torch, leaves_of, randomise, relative_error, torch
+from tests.tables import from_native, to_native
 from wanjax.models.vae import VAE, VAEConfig
 
 pytestmark = pytest.mark.compiles

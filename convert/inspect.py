@@ -30,6 +30,7 @@ from convert.sources import (
 from convert.table import expand
 from wanjax.errors import UserError
 from wanjax.models import Config
+from wanjax.models.check import check_runs
 from wanjax.models.dit import DiTConfig
 from wanjax.tensor_files import read_safetensors
 from wanjax.weights import read_manifest
@@ -154,6 +155,10 @@ def _native(path: Path) -> list[tuple[str, Lines]]:
         odd = {n for n in shapes.keys() | file.tensors if n not in file.tensors or n not in shapes}
         odd |= {n for n in shapes.keys() - odd if shapes[n] != file.tensors[n].shape}
         amiss = [("does not fit the config", _some(sorted(odd)))] if odd else []
+        try:
+            check_runs(config, f"The {network}")
+        except UserError as error:
+            amiss.append(("does not run", str(error)))
         lines = [*_size(Group(file.path, file.tensors, {})), *_config(config), *amiss]
         blocks.append((network, lines))
     tokenizer = "there" if (path / "tokenizer/tokenizer.json").is_file() else "missing"

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert.configs import to_diffusers
+from convert.inspect import inspect
 from convert.mapping import leaf_shapes, native_plan
 from convert.sources import Group, open_source
 from tests.checkpoints import CONFIGS, DIT, hub_config, random_tensors
@@ -141,6 +142,7 @@ def test_a_native_folder_of_another_model_is_not_run(changes, tmp_path):
     assert read_manifest(tmp_path).networks == {"dit": config}
     with pytest.raises(UserError, match="The dit in .* output channels .* none of Wan2.1's"):
         read_config(tmp_path)
+    assert "does not run" in inspect(tmp_path)
 
 
 def test_a_native_folder_that_is_not_laid_out_as_one(tmp_path):

@@ -321,3 +321,14 @@ def test_a_damaged_note_of_an_adapter_is_refused(entry, value, tmp_path):
             writer.write(name, tensor)
     with pytest.raises(UserError, match="b is damaged"):
         load_lora(tmp_path / "b")
+
+
+def test_a_run_that_may_not_be_read_gets_that_remedy(tmp_path, monkeypatch):
+    def closed(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text("{}")
+    monkeypatch.setattr("pathlib.Path.read_text", closed)
+    with pytest.raises(UserError, match=r"run\.json may not be read; change its permissions"):
+        open_lora(tmp_path / "run")

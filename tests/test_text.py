@@ -163,3 +163,13 @@ def test_negative_prompts():
     assert digest == "43885bed372496a7998e1c1c83a19dd46254345e0b2c9a23e6fafde8f9d6e106"
     assert NEGATIVE_PROMPT_I2V == "镜头晃动，" + NEGATIVE_PROMPT
     assert NEGATIVE_PROMPT_FLF2V == "镜头切换，" + NEGATIVE_PROMPT_I2V
+
+
+def test_a_tokenizer_that_may_not_be_read_gets_that_remedy(tmp_path, monkeypatch):
+    def closed(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("pathlib.Path.read_bytes", closed)
+    with pytest.raises(UserError, match=r"tokenizer\.json may not be read; change its permissions"):
+        Tokenizer(tmp_path)

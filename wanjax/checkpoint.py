@@ -132,6 +132,8 @@ def read_run(run: PathLike) -> dict[str, Any]:
     path = Path(run) / RUN_FILE
     try:
         data = json.loads(path.read_text())
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read; change its permissions.") from error
     except OSError as error:
         raise UserError(
             f"{run} is not a run of train.py (no {RUN_FILE}); check the path."

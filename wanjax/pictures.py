@@ -151,12 +151,14 @@ def _rgb(values: np.ndarray, name: str) -> UInt8[np.ndarray, "H W 3"]:
         values = values[..., None]
     if values.ndim != 3 or not values.size or not 1 <= values.shape[-1] <= 4:
         raise UserError(f"{name} is an array {list(values.shape)}; give one [H W 3].")
-    white = _white(values, name)
-    unit = values.astype(np.float32) / white
-    channels = values.shape[-1]
-    colour, alpha = (unit, 1) if channels % 2 else (unit[..., :-1], unit[..., -1:])
-    eight = np.round(np.clip(colour * alpha, 0, 1) * 255).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(eight, (*eight.shape[:2], 3)))
+    white, channels = _white(values, name), values.shape[-1]
+    if values.dtype == np.uint8 and channels % 2:  # as it is, without a larger copy
+        eight = values
+    else:
+        unit = values.astype(np.float32) / white
+        colour, alpha = (unit, 1) if channels % 2 else (unit[..., :-1], unit[..., -1:])
+        eight = np.round(np.clip(colour * alpha, 0, 1) * 255).astype(np.uint8)
+    return np.array(np.broadcast_to(eight, (*eight.shape[:2], 3)))
 
 
 def _white(values: np.ndarray, name: str) -> int:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from wanjax.errors import UserError
 from wanjax.models.dit import DiTConfig
-from wanjax.text_files import whole_characters
+from wanjax.text_files import read_text, whole_characters
 from wanjax.types import PathLike, Tokens
 
 PAD, END = 0, 1
@@ -74,7 +74,9 @@ class Tokenizer:
                 "(google/umt5-xxl/tokenizer.json or tokenizer/tokenizer.json)."
             )
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_str(read_text(path))
+        except UserError:
+            raise
         except Exception as error:  # the package raises nothing narrower
             raise UserError(
                 f"'{path}' is not a tokenizer ({error}); fetch the file again."

@@ -11,17 +11,11 @@ import numpy as np
 from convert import clip, umt5
 from convert.configs import dit_to_official, to_diffusers
 from convert.folders import TORCH, new_folder, write_json, write_pipeline_files, write_shards
+from convert.groups import read_networks
 from convert.mapping import foreign_plan, summary
 from convert.native import dropped_by_family
 from convert.networks import name_tensors, recognise
-from convert.sources import (
-    COMPONENTS,
-    CONFIGS_FILE,
-    CONFIGS_KEY,
-    OFFICIAL_NAMES,
-    SPIECE,
-    read_networks,
-)
+from convert.sources import COMPONENTS, CONFIGS_FILE, CONFIGS_KEY, OFFICIAL_NAMES, SPIECE
 from convert.stream import Planned, plan, write_safetensors
 from convert.torch_files import write_torch
 from wanjax.errors import UserError

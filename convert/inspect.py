@@ -16,17 +16,10 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from convert.configs import model_type
+from convert.groups import Group, find_groups, read_group, read_json
 from convert.mapping import leaf_shapes, native_plan
 from convert.networks import TABLES, layers, recognise
-from convert.sources import (
-    Group,
-    Source,
-    find_groups,
-    kind_of,
-    open_source,
-    read_group,
-    read_json,
-)
+from convert.sources import Source, kind_of, open_source
 from convert.table import expand
 from wanjax.errors import UserError
 from wanjax.models import Config

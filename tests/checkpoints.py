@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from convert.groups import read_networks
 from convert.mapping import leaf_shapes
 from convert.networks import TABLES, layers
-from convert.sources import read_networks
 from examples.toy_tokenizer import train_toy_tokenizer
 from tests.tables import from_native
 from wanjax.models.clip import CLIPVisionConfig

@@ -9,9 +9,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert.configs import to_diffusers
+from convert.groups import Group
 from convert.inspect import inspect
 from convert.mapping import leaf_shapes, native_plan
-from convert.sources import Group, open_source
+from convert.sources import open_source
 from tests.checkpoints import CONFIGS, DIT, hub_config, random_tensors
 from wanjax.errors import UserError
 from wanjax.models import NETWORKS

@@ -14,9 +14,10 @@ from safetensors.numpy import save_file
 
 from convert.configs import to_diffusers
 from convert.export import export
+from convert.groups import read_networks
 from convert.inspect import inspect
 from convert.native import convert_pipeline
-from convert.sources import COMPONENTS, open_checkpoint, read_networks
+from convert.sources import COMPONENTS, open_checkpoint
 from tests.checkpoints import CONFIGS, DIT, random_tensors, save_sharded
 from wanjax.errors import UserError
 from wanjax.weights import load_network, replace_network

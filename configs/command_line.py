@@ -6,6 +6,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeVar
 
 import tyro
@@ -36,6 +37,7 @@ def command_line(
     if name not in PRESETS:
         raise UserError(f"There is no preset '{name}'{nearest(name, PRESETS)}")
     job = job_of(PRESETS[name])
+    options = _joined(options, dict(_options(job)), _texts(job))
     if not {"-h", "--help"} & set(options):
         _check_names(options, dict(_options(job)))
     return name, _parse(job, options, description)
@@ -49,6 +51,28 @@ def _options(job: Any) -> Iterator[tuple[str, Any]]:
             yield from _options(value)
         else:
             yield "--" + field.name.replace("_", "-"), value
+
+
+def _texts(job: Any) -> set[str]:
+    """The options that take any text."""
+    return {
+        "--" + field.name.replace("_", "-")
+        for field in dataclasses.fields(job)
+        if field.type in (str, str | None)
+    }
+
+
+def _joined(words: Sequence[str], options: Mapping[str, Any], texts: AbstractSet[str]) -> list[str]:
+    """The words with `--prompt "-a dash"` as one, lest the text be taken for an option."""
+    joined: list[str] = []
+    for word in words:
+        before = joined[-1].replace("_", "-") if joined else ""
+        option = word.partition("=")[0].replace("_", "-")
+        if before in texts and word.startswith("-") and option not in options:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _check_names(words: Sequence[str], options: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import resource
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import av
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wanjax.data.decoding import rgb as to_rgb
+from wanjax.data.decoding import Converter
 from wanjax.data.video import probe, read_video, write_video
 from wanjax.errors import UserError
 
@@ -262,7 +261,7 @@ def test_real_films(name, size, frames, seconds):
     ours, _ = read_video(ASSETS / name, fps=16, start=start, frames=5)
     with av.open(str(ASSETS / name)) as container:  # no seeking: every frame from the beginning
         decoded = [(f.time, f) for f in container.decode(video=0) if f.time < start + 1]
-    rgb = partial(to_rgb, width=size[0], height=size[1])
+        rgb = Converter(container.streams.video[0])
     for k, mine in enumerate(ours):
         frame = [f for time, f in decoded if time <= start + k / 16 + 1e-3][-1]
         assert np.abs(mine.astype(int) - rgb(frame)).max() == 0

@@ -6,13 +6,14 @@ frame (a film cut by stream copy, a recording) does not exist; what is lost late
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from jaxtyping import UInt8
 
 from wanjax.errors import UserError
@@ -118,18 +119,28 @@ def decoded(
 
 def progressive(frames: Iterator[av.VideoFrame | None]) -> Iterator[av.VideoFrame | None]:
     """Interlaced frames deinterlaced, one for one (FFmpeg's bwdif); others as they come."""
+    for shape, run in groupby(frames, _shape):
+        if shape is None:
+            yield from run
+        else:
+            yield from _deinterlaced(run)
+
+
+def _shape(frame: av.VideoFrame | None) -> tuple[int, int, str] | None:
+    return None if frame is None else (frame.width, frame.height, frame.format.name)
+
+
+def _deinterlaced(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """The same for frames of one shape without a loss, which a filter needs."""
     graph = None
     for frame in frames:
-        if graph is None and frame is not None and frame.interlaced_frame:
+        if graph is None and frame.interlaced_frame:
             graph = _deinterlacer(frame)
         if graph is None:
             yield frame
-            continue
-        graph.push(frame)
-        yield from _filtered(graph)
-        if frame is None:  # the filter has given back what it held, and ends
-            graph = None
-            yield None
+        else:
+            graph.push(frame)
+            yield from _filtered(graph)
     if graph is not None:
         graph.push(None)
         yield from _filtered(graph)
@@ -160,20 +171,34 @@ def square_pixels(stream: av.VideoStream) -> tuple[int, int]:
     return width, stream.height
 
 
-def rgb(frame: av.VideoFrame, width: int, height: int) -> UInt8[np.ndarray, "H W 3"]:
-    """A frame upright, in 8-bit RGB; what is transparent lies over black, as in pictures."""
-    untagged_hd = frame.colorspace == UNSPECIFIED and frame.height >= 720
-    transparent = any(component.is_alpha for component in frame.format.components)
-    picture = frame.reformat(
-        width,
-        height,
-        "rgba" if transparent else "rgb24",
-        src_colorspace=Colorspace.ITU709 if untagged_hd else None,
-        dst_color_range=ColorRange.JPEG,
-        interpolation=EXACT,
-    ).to_ndarray()
-    if transparent:
-        picture = np.round(picture[..., :3] * (picture[..., 3:] / 255)).astype(np.uint8)
+class Converter:
+    """Frames to pictures: upright, in 8-bit RGB; what is transparent lies over black, as in
+    pictures. It keeps FFmpeg's own converter, which takes as long to set up as to run."""
+
+    def __init__(self, stream: av.VideoStream):
+        self._size = square_pixels(stream)
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+        untagged_hd = frame.colorspace == UNSPECIFIED and frame.height >= 720
+        transparent = any(component.is_alpha for component in frame.format.components)
+        picture = self._reformatter.reformat(
+            frame,
+            *self._size,
+            "rgba" if transparent else "rgb24",
+            src_colorspace=Colorspace.ITU709 if untagged_hd else None,
+            dst_color_range=ColorRange.JPEG,
+            interpolation=EXACT,
+        ).to_ndarray()
+        if transparent:
+            picture = np.round(picture[..., :3] * (picture[..., 3:] / 255)).astype(np.uint8)
+        return _upright(picture, frame)
+
+
+def _upright(
+    picture: UInt8[np.ndarray, "H0 W0 3"], frame: av.VideoFrame
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Turned and mirrored as the frame's display matrix says."""
     matrix = next((side for side in frame.side_data if side.type == SideData.DISPLAYMATRIX), None)
     if matrix is None:
         return picture

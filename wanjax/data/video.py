@@ -28,12 +28,11 @@ from jaxtyping import Float, UInt8
 
 from wanjax.data.decoding import (
     EXACT,
+    Converter,
     decoded,
     opened,
     progressive,
     refuse_hdr,
-    rgb,
-    square_pixels,
     unreadable,
 )
 from wanjax.errors import UserError
@@ -90,7 +89,7 @@ def probe(path: PathLike) -> VideoInfo:
         if first is None:
             raise unreadable(path, "no frame in it can be decoded")
         refuse_hdr(first.color_trc, path)
-        height, width = rgb(first, *square_pixels(stream)).shape[:2]
+        height, width = Converter(stream)(first).shape[:2]
         interlaced = bool(first.interlaced_frame)
     with opened(path) as (container, stream):
         packets = _scan(container, stream, path)
@@ -153,9 +152,9 @@ def read_video(
     else:
         wanted = frames
         with opened(path) as (container, stream):
-            size = square_pixels(stream)
+            converter = Converter(stream)
             shown = _shown_from(container, stream, info, start)
-            later = (f and rgb(f, *size) for f, until in shown if until > start + ROUNDING)
+            later = (f and converter(f) for f, until in shown if until > start + ROUNDING)
             taken = _until_lost(islice(later, frames))
     if not len(taken) or len(taken) < (wanted or 1):
         raise UserError(
@@ -182,9 +181,9 @@ def read_stretches(
     """
     for run in _runs(starts, FAR + frames / fps if info.times is None else math.inf):
         with opened(path) as (container, stream):
-            size = square_pixels(stream)
+            picture = _composed(Converter(stream), convert)
             shown = _shown_from(container, stream, info, run[0])
-            yield from _sweep(shown, run, frames, fps, lambda f: convert(rgb(f, *size)))  # noqa: B023
+            yield from _sweep(shown, run, frames, fps, picture)
 
 
 def write_video(
@@ -389,6 +388,10 @@ def _sweep(
             return
     yield from (_until_lost(taken) for _, taken in taking)
     yield from ([] for _ in waiting)
+
+
+def _composed(first: Callable, second: Callable) -> Callable:
+    return lambda given: second(first(given))
 
 
 def _until_lost(taken: Iterable[np.ndarray | None]) -> list[np.ndarray]:

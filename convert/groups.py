@@ -188,8 +188,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
         raise UserError(f"{index} has no weight_map, and is no index; fetch it again.")
     for name in data.values():
-        if name != Path(name).name or name in ("", ".."):
-            raise UserError(f"{index} names '{name}', which is not beside it; fetch it again.")
+        if name != Path(name).name or Path(name).suffix not in SUFFIXES:
+            raise UserError(f"{index} names '{name}', which is no file beside it; fetch it again.")
     return data
 
 

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.dit import rows
+from convert.networks import check_types
 from wanjax.checkpoint import ADAPTER_FORMAT, load_lora, save_lora
 from wanjax.errors import UserError, nearest
 from wanjax.lora import CROSS_IMAGE, STACK, LayerAdapter, LoRA, require_finite
@@ -106,6 +107,7 @@ def read_comfyui(path: Path) -> LoRA:
     roles = {official: role for role, official in role_names().items()}
     found: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     file = read_safetensors(path)
+    check_types(file.tensors, str(path))
     for key, tensor in file.tensors.items():
         match = _KEY.match(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else None
         if match is None or match[2] not in roles or tensor.ndim != 2:

@@ -93,7 +93,7 @@ def name_tensors(network: str, layout: str, tensors: Mapping[str, np.ndarray], w
     patterns = TABLES[network].droppable[layout]
     dropped = {n: t for n, t in tensors.items() if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
     kept = {n: t for n, t in tensors.items() if n not in dropped}
-    _check_types(kept, where)
+    check_types(kept, where)
     facts: dict[str, object] = {}
     if network == "dit":
         kept = {_without_prefix(n): t for n, t in kept.items()}
@@ -115,7 +115,7 @@ def refuse_scaled(names: Collection[str], where: str) -> None:
             )
 
 
-def _check_types(tensors: Mapping[str, np.ndarray], where: str) -> None:
+def check_types(tensors: Mapping[str, np.ndarray], where: str) -> None:
     """Refuse codes where weights belong, and warn of weights in 8 bits."""
     eight = {name: t.dtype for name, t in tensors.items() if t.dtype.itemsize == 1}
     for name, tensor in tensors.items():

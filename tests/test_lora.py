@@ -277,6 +277,13 @@ def test_adapters_of_a_run_that_diverged_are_refused_by_the_tensor(bad, tmp_path
     assert not (tmp_path / "o.safetensors").exists()
 
 
+def test_codes_of_a_quantised_adapter_are_refused(tmp_path):
+    codes = {k: np.ones(v.shape, np.int8) for k, v in some_blocks(0).items()}
+    write_tensors(tmp_path / "c.safetensors", codes)
+    with pytest.raises(UserError, match="holds .*lora_A.weight' in int8, the codes"):
+        open_lora(tmp_path / "c.safetensors")
+
+
 def test_what_a_type_cannot_hold_is_not_written(tmp_path):
     write_tensors(tmp_path / "c.safetensors", some_blocks(0, value=1e5))
     with pytest.raises(UserError, match=r"lora_A.weight' has values that float16 cannot hold"):
@@ -304,13 +311,23 @@ def test_a_pipeline_takes_what_convert_opened(tmp_path):
     assert pipeline.loras == ((opened, 0.5),)
 
 
-SPOILT = {
-    "alpha": '{"self_attn.q": NaN}',
-    "blocks": '{"self_attn.q": [1, 0, 2]}',
-}
+SPOILT = [
+    ("alpha", '{"self_attn.q": NaN}'),
+    ("alpha", '{"self_attn.q": 1' + "0" * 400 + "}"),
+    ("alpha", '{"self_attn.q": "4"}'),
+    ("alpha", '{"self_attn.k": 4}'),
+    ("alpha", "[4]"),
+    ("alpha", "[" * 9999),
+    ("blocks", '{"self_attn.q": [1, 0, 2]}'),
+    ("blocks", '{"self_attn.q": [0, 1]}'),
+    ("blocks", '{"self_attn.q": [-1, 0, 1]}'),
+    ("blocks", '{"self_attn.q": [0.5, 1, 2]}'),
+    ("blocks", '{"self_attn.q": "012"}'),
+    ("blocks", "[]"),
+]
 
 
-@pytest.mark.parametrize(("entry", "value"), SPOILT.items())
+@pytest.mark.parametrize(("entry", "value"), SPOILT)
 def test_a_damaged_note_of_an_adapter_is_refused(entry, value, tmp_path):
     path = tmp_path / "a.safetensors"
     save_lora(path, lora.extract(adapted("self_attn.q")))

@@ -224,8 +224,10 @@ def _lora_of_file(path: Path) -> LoRA:
             role: _layer_of_file(file.tensors, role, alphas[role], blocks.get(role))
             for role in alphas
         }
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); export the adapter again.") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is damaged; export the adapter again.") from error
     keep = {k: v for k, v in file.metadata.items() if k not in ("format", "alpha", "blocks")}
     return LoRA(layers, keep)
 

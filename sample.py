@@ -66,6 +66,7 @@ def main() -> None:
         loras=[read_adapter(text) for text in job.lora],
         mesh=parse_mesh(job.mesh),
         residency=job.residency,
+        branches=job.branches,
     )
     for video in videos:
         pipeline.check_guidance(video.guidance)

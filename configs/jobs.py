@@ -114,6 +114,8 @@ class SampleJob:
     residual: Literal["bfloat16", "float32"] = "float32"
     """Type of the denoiser's residual stream; bfloat16 takes less memory, with three times the
     error."""
+    branches: Literal["together", "in-turn"] = "together"
+    """Guidance's two branches as one batch, or one after the other, in less memory."""
     mesh: str | None = None
     """Devices, such as data=1,ring=1,ulysses=8; all on one device when left out."""
     residency: Literal["auto", "stay", "host", "disk"] = "auto"

@@ -54,6 +54,13 @@ CASES = [
         6.5, 47, "11.8 GiB, 45.1 GB (bf16 residual)",
     ),
     Case("guided step of 720p81", "h100:8", {"data": 2, "ulysses": 4}, GUIDED),
+    *[
+        Case(
+            f"guided step of 720p81, branches {branches}", "h100:1", {"data": 1},
+            partial(GUIDED, branches=branches),
+        )
+        for branches in ("together", "in-turn")
+    ],
     Case(
         "LoRA step of 720p33", "h100:1", {"data": 1}, partial(trace_train_step, "720p33"), 67,
     ),

@@ -18,7 +18,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.wire import collectives
-from wanjax.denoising import Rows, denoise_step, prepare_rows
+from wanjax.denoising import Branches, Rows, denoise_step, prepare_rows
 from wanjax.models.dit import DiT, DiTConfig
 from wanjax.models.vae import VAE, VAEConfig
 from wanjax.sharding import make_mesh, shardings, spec
@@ -72,9 +72,13 @@ def condition(size: str, batch: int, dtype=jnp.float32) -> Condition:
 
 
 def trace_denoise_step(
-    size: str, mesh: Mesh | None = None, *, config: DiTConfig = CONFIG
+    size: str,
+    mesh: Mesh | None = None,
+    *,
+    config: DiTConfig = CONFIG,
+    branches: Branches = "together",
 ) -> jax.stages.Traced:
-    """One guided step in bf16, both branches as one batch."""
+    """One guided step in bf16."""
     graph, state = nnx.split(abstract_network("dit", config, jnp.bfloat16))
     dit: DiT = nnx.merge(graph, placed_state(state, mesh))
     x = jax.ShapeDtypeStruct((1, *GRIDS[size], 16), jnp.float32)
@@ -84,7 +88,7 @@ def trace_denoise_step(
         rows = jax.eval_shape(prepare_rows, dit, (condition(size, 1), condition(size, 1)))
         told = placed(rows.context, mesh, None, "batch"), placed(rows.condition, mesh)
         given = *placed(given, mesh), Rows(*told), placed(number, mesh)
-        return denoise_step.trace(dit, *given, guided=True)
+        return denoise_step.trace(dit, *given, guided=True, branches=branches)
 
 
 def trace_train_step(

@@ -1,7 +1,11 @@
 """Causal convolutions over video, chunk by chunk, and the frames that they remember in between.
 
-Where every layer looks only at the past, a video of any length can go through in chunks: the first
-frame alone, then a few frames at a time, with the result of the whole at the memory of a chunk.
+Where every layer looks only at the past, a video of any length can go through in chunks of a few
+frames, with the result of the whole at the memory of a chunk. A video is one frame longer than its
+whole chunks, so the first chunk is that frame behind blank ones, which no convolution may see.
+One program serves all chunks, the first one too: compilers for TPU take ten seconds and more for
+each large convolution, and blank frames cost no more than three frames of a video.
+
 What a convolution must still know of the chunks before is kept in a `Memory`, a list of arrays in
 the order of the calls. It is a value that `lax.scan` carries, not an `nnx.Variable`: its shapes
 depend on the video, nothing of it outlives a call, and a network holds parameters only.
@@ -26,20 +30,29 @@ Network = Callable[[Array, "Memory"], Array]
 
 
 class Memory:
-    """What the causal layers remember between chunks, in the order in which they ask for it."""
+    """What the causal layers remember between chunks, in the order in which they ask for it.
 
-    def __init__(self, past: list | None = None):
-        self.first = past is None
+    `first` says (a boolean, under jit a traced one) whether this is the first chunk. Where `past`
+    is None nothing was remembered yet, which is how a chunk tells the shapes of what it keeps.
+    """
+
+    def __init__(self, first: bool | Array = True, past: list | None = None):
+        self.first = first
         self.kept: list = []
-        self._past = iter(past or ())
+        self._past = None if past is None else iter(past)
 
     def part(self) -> list | None:
         """What a part of the network keeps in a memory of its own; add its successor to `kept`."""
-        return None if self.first else next(self._past)
+        return None if self._past is None else next(self._past)
+
+    def shown(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
+        """`x` without its blank frames: zeros before the last frame of the first chunk."""
+        blank = (jnp.arange(x.shape[1]) < x.shape[1] - 1)[:, None, None, None]
+        return x if x.shape[1] == 1 else jnp.where(blank & self.first, 0, x)
 
     def prepend(self, x: Float[Array, "B T H W C"], count: int) -> Float[Array, "B T2 H W C"]:
         """`x` behind the `count` frames before it (zeros at the start), whose last are kept."""
-        if self.first:
+        if self._past is None:
             x = jnp.pad(x, [(0, 0), (count, 0), (0, 0), (0, 0), (0, 0)])
         else:
             x = jnp.concatenate([next(self._past), x], axis=1)
@@ -105,19 +118,29 @@ def in_tiles(
 ) -> Float[Array, "B T2 H2 W2 C2"]:
     """`network` over tiles of the width one after another, with the result of the whole.
 
-    Each tile has a memory of its own; they are kept stacked.
+    Each tile has a memory of its own. They are stacked, and each gives way in place to its
+    successor: at 720p all of them are 7 GiB.
     """
     if tiling.count == 1:
         return network(x, memory)
 
-    def one(tile: tuple[Array, Array, list | None]) -> tuple[Array, list]:
-        start, inside, past = tile
-        own = Memory(past)
+    def one(past: list | None, start: Array) -> tuple[Array, list]:
+        own = Memory(memory.first, past)
         y = network(jax.lax.dynamic_slice_in_dim(x, start, tiling.seen, axis=3), own)
-        return jax.lax.dynamic_slice_in_dim(y, inside, tiling.shown, axis=3), own.kept
+        return y, own.kept
 
-    places = jnp.asarray(tiling.starts), jnp.asarray(tiling.inside)
-    shown, kept = jax.lax.map(one, (*places, memory.part()))
+    def turn(stack: list, tile: tuple[Array, Array, Array]) -> tuple[list, Array]:
+        index, start, inside = tile
+        y, kept = one(jax.tree.map(lambda pasts: pasts[index], stack), start)
+        stack = jax.tree.map(lambda pasts, new: pasts.at[index].set(new), stack, kept)
+        return stack, jax.lax.dynamic_slice_in_dim(y, inside, tiling.shown, axis=3)
+
+    tiles = jnp.arange(tiling.count), jnp.asarray(tiling.starts), jnp.asarray(tiling.inside)
+    stack = memory.part()
+    if stack is None:
+        _, kept = jax.eval_shape(one, None, tiles[1][0])
+        stack = [jnp.zeros((tiling.count, *past.shape), past.dtype) for past in kept]
+    kept, shown = jax.lax.scan(turn, stack, tiles)
     memory.kept.append(kept)
     _, *size, channels = shown.shape
     size[3] = int(tiling.width * tiling.scale)
@@ -131,20 +154,22 @@ def in_tiles(
 def stream(
     network: Network, x: Float[Array, "B T H W C"], chunk: int
 ) -> Float[Array, "B T2 H2 W2 C2"]:
-    """`network` over the first frame of `x`, then over its other frames, `chunk` at a time."""
-    memory = Memory()
-    head = network(x[:, :1], memory)
-    if x.shape[1] == 1:
-        return head
+    """`network` over a video of a first frame and whole chunks of `chunk` frames."""
 
-    def step(past: list, frames: Array) -> tuple[list, Array]:
-        memory = Memory(past)
+    def step(past: list | None, chunk: tuple[Array, Array]) -> tuple[list, Array]:
+        first, frames = chunk
+        memory = Memory(first, past)
         y = network(frames, memory)
         return memory.kept, y
 
-    chunks = rearrange(x[:, 1:], "b (n t) h w c -> n b t h w c", t=chunk)
-    _, tail = jax.lax.scan(step, memory.kept, chunks)
-    return jnp.concatenate([head, rearrange(tail, "n b t h w c -> b (n t) h w c")], axis=1)
+    x = jnp.pad(x, [(0, 0), (chunk - 1, 0), (0, 0), (0, 0), (0, 0)])
+    chunks = rearrange(x, "b (n t) h w c -> n b t h w c", t=chunk)
+    first = jnp.arange(len(chunks)) == 0
+    shapes, _ = jax.eval_shape(step, None, (first[0], chunks[0]))
+    nothing = jax.tree.map(lambda kept: jnp.zeros(kept.shape, kept.dtype), shapes)
+    _, y = jax.lax.scan(step, nothing, (first, chunks))
+    blank = y.shape[2] - 1
+    return rearrange(y, "n b t h w c -> b (n t) h w c")[:, blank:]
 
 
 def convolve(
@@ -195,8 +220,6 @@ class CausalConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T H W C"], memory: Memory) -> Float[Array, "B T2 H W C2"]:
         kernel = self.kernel[...]
-        x = x.astype(self.precision.compute)
-        past = memory.prepend(x, kernel.shape[0] - self.stride)
-        # Before the first frame there are only zeros: the last tap alone sees something.
-        y = convolve(x, kernel[-1:], 1) if memory.first else convolve(past, kernel, self.stride)
+        x = memory.shown(x.astype(self.precision.compute))
+        y = convolve(memory.prepend(x, kernel.shape[0] - self.stride), kernel, self.stride)
         return y + self.bias[...].astype(y.dtype)

@@ -4,7 +4,7 @@ What does not change from step to step is computed once for a video, before the 
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,11 @@ from wanjax.solvers import Coefficients, State, step
 from wanjax.types import Condition
 
 
+Branches = Literal["together", "in-turn"]
+
+
 class Rows(NamedTuple):
-    """What the denoiser is told in every step, for both branches of guidance as one batch."""
+    """What the denoiser is told in every step, a row for each branch of guidance."""
 
     context: Context
     condition: Float[Array, "B t h w C3"] | None
@@ -33,7 +36,7 @@ def prepare_rows(dit: DiT, conditions: tuple[Condition, ...]) -> Rows:
     return Rows(context, c.latents)
 
 
-@partial(jax.jit, static_argnames="guided", donate_argnames="state")
+@partial(jax.jit, static_argnames=("guided", "branches"), donate_argnames="state")
 def denoise_step(
     dit: DiT,
     state: State,
@@ -43,13 +46,31 @@ def denoise_step(
     guidance: Float[Array, ""],
     *,
     guided: bool,
+    branches: Branches = "together",
 ) -> State:
-    """One solver step under classifier-free guidance, `v = v_n + g * (v_p - v_n)`; both branches
-    run as one batch. Not `guided` means g = 1: only the prompt's branch runs."""
-    copies = 1 + guided
-    x = jnp.concatenate([state.x] * copies)
-    velocity = dit.denoise(x, jnp.full(copies, timestep), rows.context, rows.condition)
+    """One solver step under classifier-free guidance, `v = v_n + g * (v_p - v_n)`. Not `guided`
+    means g = 1: only the prompt's branch runs."""
+    run = _in_turn if branches == "in-turn" else _together
+    velocity = run(dit, state.x, timestep, rows, 1 + guided)
     if guided:
         towards, away = velocity[:1], velocity[1:]
         velocity = away + guidance * (towards - away)
     return constrain_state(step(state, velocity, coefficients))
+
+
+def _together(dit: DiT, x: Array, timestep: Array, rows: Rows, count: int) -> Array:
+    """The velocity of every branch, as one batch."""
+    x = jnp.concatenate([x] * count)
+    return dit.denoise(x, jnp.full(count, timestep), rows.context, rows.condition)
+
+
+def _in_turn(dit: DiT, x: Array, timestep: Array, rows: Rows, count: int) -> Array:
+    """The velocity of every branch, one after the other: half the memory of activations, and on a
+    mesh each weight crosses the wire once for each branch."""
+
+    def one(i: Array) -> Array:
+        row = lambda axis: lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1, axis)  # noqa: E731
+        context = jax.tree.map(row(1), rows.context)  # behind the axis of the blocks
+        return dit.denoise(x, timestep[None], context, jax.tree.map(row(0), rows.condition))
+
+    return jax.lax.map(one, jnp.arange(count))[:, 0]

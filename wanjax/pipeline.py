@@ -23,7 +23,7 @@ from jaxtyping import Float
 from wanjax import lora as lora_module
 from wanjax.checkpoint import load_lora
 from wanjax.conditioning import check_size, encode_text, image_tokens, picture_condition, prepare
-from wanjax.denoising import denoise_step, prepare_rows
+from wanjax.denoising import Branches, denoise_step, prepare_rows
 from wanjax.errors import UserError
 from wanjax.models.clip import CLIPVision
 from wanjax.models.dit import DiT
@@ -72,12 +72,13 @@ class Pipeline:
         loras: Sequence[tuple[lora_module.LoRA, float]] = (),
         mesh: Mesh | None = None,
         residency: Residency = "auto",
+        branches: Branches = "together",
     ):
         self.folder = Path(folder)
         self.configs = read_config(folder)
         self.dtype, self.loras = dtype, tuple(loras)
         self.mesh = one_device() if mesh is None else mesh
-        self.residual = parse_dtype(residual).name
+        self.residual, self.branches = parse_dtype(residual).name, branches
         size = lambda name: device_bytes(name, self.configs[name], dtype, mesh)  # noqa: E731
         self.residents = Residents(self.configs, self._load, size, residency)
         self._prompts: dict[str, np.ndarray] = {}
@@ -99,13 +100,15 @@ class Pipeline:
         lora: Sequence[tuple[PathLike | lora_module.LoRA, float]] = (),
         mesh: Mesh | None = None,
         residency: Residency = "auto",
+        branches: Branches = "together",
     ) -> "Pipeline":
         """Open the native checkpoint in `folder`; weights are read when they are first needed.
 
         `dtype` is "bfloat16" or "float32" (what runs in fp32 all the same: docs/precision.md), and
         `residual` the type of the denoiser's residual stream. `lora` lists runs, native adapter
         files or what `convert.open_lora` read, each with a strength. `residency` says what networks
-        do that a phase does not need (`wanjax.residency`). Raises `UserError` for what cannot be
+        do that a phase does not need (`wanjax.residency`). `branches` are those of guidance: both
+        as one batch, or one after the other in less memory. Raises `UserError` for what cannot be
         used.
         """
         loras = [(x if isinstance(x, lora_module.LoRA) else load_lora(x), s) for x, s in lora]
@@ -116,6 +119,7 @@ class Pipeline:
             loras=loras,
             mesh=mesh,
             residency=residency,
+            branches=branches,
         )
 
     @property
@@ -324,6 +328,7 @@ class Pipeline:
                     given,
                     np.float32(guidance),
                     guided=guided,
+                    branches=self.branches,
                 )
                 state.x.block_until_ready()
                 bar.advance()
@@ -352,7 +357,7 @@ class Pipeline:
             raise UserError(f"guidance={guidance} is not a scale; use 5, or 1 for no guidance.")
         guided = guidance != 1
         what = "A guided video" if guided else "A video without guidance"
-        check_rows(1 + guided, self.mesh, what)
+        check_rows(1 + (guided and self.branches == "together"), self.mesh, what)
         return guided
 
     def on_mesh(self):

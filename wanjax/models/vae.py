@@ -1,8 +1,7 @@
 """Wan2.1's causal video VAE: video in [-1, 1] to normalised latents, and back.
 
-Both halves run chunk by chunk (`wanjax.causal`): the first frame alone, then four frames, one
-latent, at a time. Only the first chunk differs (it skips the convolutions over time), so a program
-holds each half twice, whatever the video's length. Large pictures go through the highest
+Both halves run chunk by chunk (`wanjax.causal`), four frames, one latent, at a time, in one program
+whatever the video's length; the first frame, alone in its chunk, is not seen over time. Large pictures go through the highest
 resolutions in tiles, each with what it must see beyond its borders, so that there are no seams.
 After `wan/modules/vae.py` of Wan-Video/Wan2.1.
 """
@@ -148,10 +147,7 @@ class Downsample(nnx.Module):
         x = self.space(x, stride=2, padding=(0, 1))
         if self.time is None:
             return x
-        if memory.first:
-            memory.prepend(x, 1)
-            return x
-        return self.time(x, memory)
+        return jnp.where(memory.first, x[:, 1::2], self.time(x, memory))
 
     def reach(self, after: int) -> int:
         """Columns to a side that are seen where `after` of the result are."""
@@ -168,10 +164,10 @@ class Upsample(nnx.Module):
         self.space = Conv2D(width, width // 2, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T h w C"], memory: Memory) -> Float[Array, "B T2 H W C2"]:
-        if self.time is not None and memory.first:
-            memory.prepend(jnp.zeros_like(x), 2)  # the first frame is never seen over time
-        elif self.time is not None:
-            x = rearrange(self.time(x, memory), "b t h w (n c) -> b (t n) h w c", n=2)
+        if self.time is not None:
+            y = self.time(jnp.where(memory.first, 0, x), memory)  # the first frame is never seen
+            y = rearrange(y, "b t h w (n c) -> b (t n) h w c", n=2)
+            x = jnp.where(memory.first, x.repeat(2, axis=1), y)
         x = x.repeat(2, axis=2).repeat(2, axis=3)
         return self.space(x, stride=1, padding=(1, 1))
 

@@ -15,7 +15,6 @@ from wanjax.sharding import constrain, constrain_state
 from wanjax.solvers import Coefficients, State, step
 from wanjax.types import Condition
 
-
 Branches = Literal["together", "in-turn"]
 
 

@@ -1,8 +1,9 @@
 """Wan2.1's causal video VAE: video in [-1, 1] to normalised latents, and back.
 
 Both halves run chunk by chunk (`wanjax.causal`), four frames, one latent, at a time, in one program
-whatever the video's length; the first frame, alone in its chunk, is not seen over time. Large pictures go through the highest
-resolutions in tiles, each with what it must see beyond its borders, so that there are no seams.
+whatever the video's length; the first frame, alone in its chunk, is not seen over time. Large
+pictures go through the highest resolutions in tiles, each with what it must see beyond its borders,
+so that there are no seams.
 After `wan/modules/vae.py` of Wan-Video/Wan2.1.
 """
 

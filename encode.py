@@ -68,8 +68,8 @@ def main() -> None:
             bar.advance(note=window.name)
     if damaged:
         warnings.warn(
-            f"{some(damaged)} cannot be decoded and are left out; where the films are mended, the "
-            "same command encodes these windows.",
+            f"Left out, since they cannot be decoded: {some(damaged)}; when the films are mended, "
+            "the same command encodes these windows.",
             stacklevel=1,
         )
     writer.finish()

@@ -100,6 +100,10 @@ def test_a_shot_shorter_than_a_window(tmp_path):
         ('{"file": "b.mp4", "caption": "c"}', r"names .*b\.mp4, which is not there"),
         ('{"file": "a.mp4"}', r"a\.mp4 has no caption; write one into .*a\.txt or .*metadata"),
         ('{"file": "a.png", "caption": "c"}', r"a\.png is a picture"),
+        ('{"file": null, "caption": "c"}', r":1 names no film"),
+        ('{"file": "\\u0000.mp4", "caption": "c"}', r"which is not there"),
+        ('{"file": "' + "a" * 300 + '.mp4", "caption": "c"}', r"which is not there"),
+        ('{"file": "a.mp4", "caption": "c", "start": NaN}', r":1 holds NaN"),
         ('{"file": "a.mp4", "caption": "c", "end": 9}', r"a\.mp4 from 0 s to 9 s reaches beyond"),
         (
             '{"file": "a.mp4", "caption": "c"}\n{"file": "a.mp4", "caption": "d"}',

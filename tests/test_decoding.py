@@ -88,10 +88,10 @@ def test_pieces_laid_end_to_end_play_on(tmp_path):
     assert probe(tmp_path / "c.ts").duration == pytest.approx(5, abs=0.05)
 
 
-def test_no_window_reaches_over_what_is_lost(tmp_path):
+def write_noise(path):
+    """60 frames that take some room each."""
     noise = np.random.default_rng(0).integers(0, 60, (60, 32, 48, 1))
     noise += np.arange(60)[:, None, None, None] * 3
-    path = tmp_path / "a.ts"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=24)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
@@ -100,17 +100,44 @@ def test_no_window_reaches_over_what_is_lost(tmp_path):
             picture = np.repeat(picture, 3, -1).astype(np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
         container.mux(stream.encode())
-    whole, _ = read_video(path, fps=24)
+
+
+def spoil(path):
+    """700 bytes in the middle become nothing."""
     data = bytearray(path.read_bytes())
     middle = int(len(data) * 0.45)
     data[middle : middle + 700] = bytes(700)
     path.write_bytes(data)
+
+
+def test_no_window_reaches_over_what_is_lost(tmp_path):
+    path = tmp_path / "a.ts"
+    write_noise(path)
+    whole, _ = read_video(path, fps=24)
+    spoil(path)
     info = probe(path)
     assert len(info.stretches) > 1
     cut = windows([Shot(path, "a", "c")], frames=9, fps=24, stride=1)
     assert 9 < len(cut) < 52
     for window, frames in read_windows(cut):
         assert any(begin <= window.start + 1e-3 for begin, _ in info.stretches)
+        first = int(window.name.removeprefix("a@"))
+        np.testing.assert_array_equal(frames, whole[first : first + 9])
+
+
+def test_damage_that_only_decoding_shows(tmp_path):
+    """The packets tell nothing of it: the windows are planned, and those it touches are missing.
+    (What of a frame FFmpeg conceals, it tells nobody.)"""
+    path = tmp_path / "a.mp4"
+    write_noise(path)
+    whole, _ = read_video(path, fps=24)
+    spoil(path)
+    cut = windows([Shot(path, "a", "c")], frames=9, fps=24, stride=1)
+    assert len(cut) == 52
+    read = list(read_windows(cut))
+    lost = [window.name for window, frames in read if frames is None]
+    assert 5 < len(lost) < 40 and read[0][1] is not None and read[-1][1] is not None
+    for window, frames in (*read[:10], *read[-10:]):
         first = int(window.name.removeprefix("a@"))
         np.testing.assert_array_equal(frames, whole[first : first + 9])
 

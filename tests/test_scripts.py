@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 
+import encode
 from convert.lora import convert_lora
 from tests.scripts import READS_PROGRAMS, SIZE, call, compiled_quickly, run, start, stop_when
 from wanjax.data.features import Features
@@ -97,6 +98,29 @@ def test_only_what_is_new_is_encoded(world, features, tmp_path, monkeypatch):
         (tmp_path / "clips" / name).unlink()
     said = call(*words, cwd=tmp_path)
     assert "0 to encode" in said and "10 gone: c0@0" in said and len(Features.open(out)) == 5
+
+
+def test_windows_that_cannot_be_decoded_are_left_out(world, features, tmp_path, monkeypatch):
+    """An encode does not end in the middle for them, and says which they are."""
+    read = encode.read_windows
+    monkeypatch.setattr(
+        encode,
+        "read_windows",
+        lambda *given: ((w, None if w.name == "c1@8" else f) for w, f in read(*given)),
+    )
+    shutil.copytree(features, tmp_path / "f")
+    shutil.copytree(world / "clips", tmp_path / "clips")
+    (tmp_path / "clips/c1.mp4").write_bytes((tmp_path / "clips/c0.mp4").read_bytes())
+    words = list(encode_words(world, tmp_path / "f"))
+    words[words.index(world / "clips")] = tmp_path / "clips"
+    said = call(*words, cwd=tmp_path)
+    assert (
+        "5 to encode" in said and "warning: Left out, since they cannot be decoded: c1@8;" in said
+    )
+    assert len(Features.open(tmp_path / "f")) == 9
+    monkeypatch.setattr(encode, "read_windows", read)
+    assert "1 to encode" in call(*words, cwd=tmp_path)
+    assert len(Features.open(tmp_path / "f")) == 10
 
 
 def test_an_encode_that_is_done_does_nothing(world, features, monkeypatch):

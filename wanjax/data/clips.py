@@ -256,11 +256,20 @@ def _entry(entry: dict[str, Any], where: str, folder: Path) -> Shot:
         raise UserError(f"{where} has start={start} and end={end}; let 0 <= start < end.")
     file = folder / entry["file"]
     _refuse_picture(file)
-    if "\0" in entry["file"] or not file.is_file():
+    if not _is_file(file):
         raise UserError(f"{where} names {file}, which is not there; mend the line or add the file.")
     caption = entry.get("caption", "")
     end = None if end is None else float(end)
     return Shot(file, _name(file, folder), caption, float(start), end, split)
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except PermissionError as error:
+        raise UserError(f"{file} may not be read; change its permissions.") from error
+    except OSError:  # no file can have such a name
+        return False
 
 
 def _name(file: Path, folder: Path) -> str:

@@ -61,7 +61,7 @@ def test_a_size_that_wan_would_choose_keeps_all_of_the_picture(area):
             assert centre(whole, height, width).shape == whole.shape
 
 
-@pytest.mark.parametrize("source", [(90, 400), (400, 90), (128, 128), (1080, 1920)])
+@pytest.mark.parametrize("source", [(90, 400), (400, 90), (128, 128), (1080, 1920), (1920, 1080)])
 @pytest.mark.parametrize("target", [(480, 832), (832, 480), (480, 480)])
 def test_another_aspect_is_covered_as_in_training(source, target):
     """The ramps across and down say which part of the picture is in the frame."""
@@ -78,6 +78,13 @@ def test_another_aspect_is_covered_as_in_training(source, target):
     assert np.abs(prepared.video[0] - trained).max() < 0.06
     whole = prepare(ramps, frames=1, height=tall // 16 * 16, width=wide // 16 * 16)
     np.testing.assert_array_equal(prepared.clip, whole.clip)  # CLIP sees all of it, squashed
+
+
+def test_a_common_size_of_a_slightly_other_aspect_is_covered_too():
+    """16:9 at 832x480, which is 1.73:1: one in forty columns is left out, and none is squashed."""
+    wide = np.zeros((1080, 1920, 3), np.uint8)
+    assert centre(wide, 480, 832).shape == (1080, 1872, 3)
+    assert centre(wide.swapaxes(0, 1), 832, 480).shape == (1872, 1080, 3)
 
 
 def test_diffusers_squashes_and_says_so():

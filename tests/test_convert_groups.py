@@ -287,7 +287,12 @@ def test_experts_of_the_text_to_video_pair_are_known_by_their_names(tmp_path):
         save_file(dit_tensors(T2V), tmp_path / f"{name}.safetensors")
         with pytest.raises(UserError, match=rf"{name}.* by its name an expert of Wan2.2"):
             open_checkpoint(tmp_path / f"{name}.safetensors")
-    for name, config in (("wan2.1_t2v_1.3B", T2V), ("Wan2_1-I2V-14B", ONE), ("noise", T2V)):
+    for name, config in (
+        ("wan2_2025_t2v", T2V),
+        ("wan2.1_t2v_1.3B", T2V),
+        ("Wan2_1-I2V-14B", ONE),
+        ("noise_2025", T2V),
+    ):
         save_file(dit_tensors(config), tmp_path / f"{name}.safetensors")
         assert list(open_checkpoint(tmp_path / f"{name}.safetensors").sources) == ["dit"]
     pair = tmp_path / "pair"

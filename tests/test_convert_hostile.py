@@ -107,6 +107,8 @@ def test_the_presets_are_in_range(preset):
 
 BAD = {
     "heads that do not divide": ("dit", {"num_heads": 3}, "heads of an even size"),
+    "heads of an odd size": ("dit", {"dim": 66}, "heads of an even size"),
+    "an eps of two": ("dit", {"eps": 2.0}, "a number from 0 to 1"),
     "positions and no picture": (
         "dit",
         {"image_dim": None, "in_channels": 16, "image_positions": 514},

@@ -10,6 +10,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from wanjax.errors import UserError
 from wanjax.pictures import read_picture
 
+LIMITS = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (20, 36, 3)).astype(np.uint8)
 GREY = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
@@ -102,7 +103,9 @@ def exif_with(*entries: bytes) -> bytes:
 BROKEN_EXIF = {
     "resolution -1/0": exif_with(struct.pack("<HHII", 0x11A, 10, 1, 38), struct.pack("<ii", -1, 0)),
     "resolution of text": exif_with(struct.pack("<HHI4s", 0x11A, 2, 4, b"abc\0")),
-    "resolution of one letter": exif_with(struct.pack("<HHI4s", 0x11A, 2, 2, b"a\0")),
+    "resolution of one digit": exif_with(
+        struct.pack("<HHI4s", 0x11A, 2, 2, b"7\0"), struct.pack("<HHIHH", 0x128, 3, 1, 2, 0)
+    ),
     "an entry beyond the end": exif_with(struct.pack("<HHII", 0x8769, 4, 1, 1 << 31)),
     "more entries than there are": exif_with(struct.pack("<HHII", 0x110, 2, 9**9, 1 << 31)),
 }
@@ -131,7 +134,6 @@ def test_junk_for_exif_turns_nothing(exif, suffix, tmp_path):
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_png_may_carry_megabytes_of_text_and_profile(compressed, tmp_path):
     """As ComfyUI's do; Pillow's own limits are what they were afterwards."""
-    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
     notes = PngImagePlugin.PngInfo()
     notes.add_text("workflow", "x" * (3 << 20), zip=compressed)
     notes.add_itxt("prompt", "y" * (3 << 20), zip=compressed)
@@ -142,7 +144,7 @@ def test_a_png_may_carry_megabytes_of_text_and_profile(compressed, tmp_path):
     if not compressed:  # else Pillow itself refuses to open it
         with Image.open(tmp_path / "a.png") as picture:
             np.testing.assert_array_equal(read_picture(picture), RGB)
-    assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
+    assert LIMITS == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
 
 P3 = np.array(

@@ -32,8 +32,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The modes whose colours a profile can speak of, and what it then calls them.
-_PROFILED = {"RGB": "RGB", "RGBA": "RGB", "L": "GRAY", "CMYK": "CMYK"}
+_PROFILED = ("RGB", "RGBA", "L", "CMYK")  # the modes whose colours a profile can speak of
 _NOTES = 64 << 20  # bytes of text, or of a colour profile, that a PNG may carry; Pillow has 1 MiB
 _EXIF = b"Exif\0\0"
 _ROUNDING = 1e-6  # how far floats may lie outside [0, 1]
@@ -137,12 +136,10 @@ def _in_srgb(image: Image.Image) -> Image.Image:
         image = image.convert(target)
     try:
         profile = ImageCms.ImageCmsProfile(BytesIO(image.info["icc_profile"]))
-        if profile.profile.xcolor_space.strip() == _PROFILED[image.mode]:
-            srgb = ImageCms.createProfile("sRGB")
-            return ImageCms.profileToProfile(image, profile, srgb, outputMode=target)
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, profile, srgb, outputMode=target)
     except (KeyError, TypeError, ValueError, OSError, ImageCms.PyCMSError):
-        pass  # none, or a broken one
-    return image.convert(target)
+        return image.convert(target)  # none, a broken one, or one of another space
 
 
 def _rgb(values: np.ndarray, name: str) -> UInt8[np.ndarray, "H W 3"]:

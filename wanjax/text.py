@@ -90,11 +90,6 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
-    @property
-    def vocab_size(self) -> int:
-        """The largest id plus one; the encoder's embedding must have at least as many rows."""
-        return max(self._tokenizer.get_vocab().values()) + 1
-
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Cleaned prompts as ids, each ended and padded to `length`; a longer one is cut."""
         ids = np.full((len(prompts), self.length), PAD, np.int32)

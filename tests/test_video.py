@@ -87,7 +87,7 @@ def test_probe_counts(tmp_path):
 
 
 def test_colours_survive_a_round_trip(tmp_path):
-    time, y, x = np.mgrid[0:5, 0:64, 0:96]
+    time, y, x = np.mgrid[0:9, 0:128, 0:192]
     # Strong hues, so that a wrong matrix or range shows at once.
     waves = [np.sin((x + 3 * time) / 20), np.sin(y / 15), np.sin((x + y) / 25)]
     video = 0.5 + 0.5 * np.stack(waves, -1)
@@ -102,6 +102,16 @@ def test_colours_survive_a_round_trip(tmp_path):
     write_video(tmp_path / "b.mp4", solid)
     difference = read_video(tmp_path / "b.mp4")[0].astype(int) - solid
     assert np.abs(difference).max() <= 2
+
+
+def test_the_same_frames_make_the_same_file(tmp_path):
+    y, x = np.mgrid[0:64, 0:96]
+    frames = [(128 + 99 * np.sin((x + y * k) / 20))[..., None] * np.ones(3) for k in range(5)]
+    files = set()
+    for _ in range(12):  # x264's default: 6 files of 120
+        write_video(tmp_path / "a.mp4", np.stack(frames).astype(np.uint8))
+        files.add((tmp_path / "a.mp4").read_bytes())
+    assert len(files) == 1
 
 
 def test_tags_and_layout_of_what_is_written(tmp_path):

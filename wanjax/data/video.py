@@ -101,17 +101,18 @@ def probe(path: PathLike) -> VideoInfo:
         times = [time - origin for time in seconds]
     else:
         origin, times, breaks = _decode_times(path)
-        rate = (len(times) - 1) / times[-1] if len(times) > 1 else rate
-    if len(times) == 1 and not rate:
+        rate = _rate(times, rate)
+    if not rate and not times[-1]:
         raise unreadable(path, "it has a single frame and no rate")
-    # A frame that none follows is shown for as long as the one before it.
-    lasts = [times[n - 1] - times[n - 2] if n > 1 else 1 / rate for n in [*breaks[1:], len(times)]]
-    ends = [times[n - 1] + last for n, last in zip([*breaks[1:], len(times)], lasts)]
+    # The last frame is shown for as long as the one before it.
+    duration = times[-1] + (times[-1] - times[-2] if len(times) > 1 else 1 / rate)
+    rate = rate or len(times) / duration
+    ends = [*(times[n - 1] + 1 / rate for n in breaks[1:]), duration]
     return VideoInfo(
         width=width,
         height=height,
-        fps=rate or len(times) / ends[-1],
-        duration=ends[-1],
+        fps=rate,
+        duration=duration,
         frames=len(times),
         interlaced=interlaced,
         origin=origin,
@@ -213,7 +214,8 @@ def write_video(
         with av.open(str(partial), "w", format="mp4", container_options=options) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10**5))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.options = {"crf": "17", "preset": "medium"}
+            # With its macroblock tree x264 makes now one file and now another of small pictures.
+            stream.options = {"crf": "17", "preset": "medium", "x264-params": "mbtree=0"}
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = BT709
             context.color_range = ColorRange.MPEG
@@ -289,6 +291,16 @@ def _decode_times(path: Path) -> tuple[float, list[float], list[int]]:
                 raw.append(frame.time)
     breaks = [n for n in dict.fromkeys(breaks) if n < len(raw)]
     return raw[0] or 0.0, _continuous(raw, jump), breaks
+
+
+def _rate(times: Sequence[float], declared: float) -> float:
+    """Frames a second, gaps left out: what the file declares, where that is about right."""
+    steps = np.diff(times)
+    steps = steps[steps > 0]
+    if not len(steps):
+        return declared
+    own = 1 / float(steps[steps <= 2 * np.median(steps)].mean())
+    return declared if abs(own - declared) < 0.01 * declared else own
 
 
 def _continuous(raw: Sequence[float | None], jump: float) -> list[float]:

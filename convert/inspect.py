@@ -167,12 +167,13 @@ def _run(path: Path) -> Lines:
 
 def _native_adapter(group: Group) -> Lines:
     downs = {n: t for n, t in group.tensors.items() if n.endswith(".down")}
-    ranks = Counter(t.shape[-1] for t in downs.values())
+    ranks = Counter(t.shape[-1] for t in downs.values() if t.ndim)
     return [
         ("kind", "native adapter"),
         *_size(group),
         ("rank", _counts(ranks)),
         ("roles", _some(sorted(n.removesuffix(".down") for n in downs))),
+        *_not_finite(group),
         *_metadata(group.metadata),
     ]
 
@@ -221,7 +222,13 @@ def _adapter(group: Group, family: str) -> Lines:
         lines.append(("does not map", f"{' and '.join(sorted(types))} adapters are not supported"))
     if extra:
         lines.append(("beside them", _some(extra)))
-    return [*lines, *_metadata(group.metadata)]
+    return [*lines, *_not_finite(group), *_metadata(group.metadata)]
+
+
+def _not_finite(group: Group) -> Lines:
+    """The tensors of an adapter whose run diverged."""
+    bad = [n for n, t in group.tensors.items() if not np.isfinite(np.asarray(t, np.float32)).all()]
+    return [("does not load", f"NaN or infinity in {_some(bad)}")] if bad else []
 
 
 def _counts(values: Mapping[object, int]) -> str:

@@ -103,6 +103,20 @@ def test_other_adapters_are_named(tmp_path):
     assert "LoKr adapters are not supported" in said(tmp_path / "lokr.safetensors")
 
 
+def test_adapters_of_a_run_that_diverged_are_named(tmp_path):
+    bad = np.full((3, 2, 8), np.nan, np.float32)
+    save_lora(
+        tmp_path / "a.safetensors",
+        LoRA({"cross_attn.q": LayerAdapter(np.ones((3, 8, 2), np.float32), bad, 4.0)}),
+    )
+    assert "does not load NaN or infinity in blocks.cross_attn.q.up" in said(
+        tmp_path / "a.safetensors"
+    )
+    key = "diffusion_model.blocks.0.ffn.0.lora_A.weight"
+    save_file({key: bad[0]}, tmp_path / "b.safetensors")
+    assert f"does not load NaN or infinity in {key}" in said(tmp_path / "b.safetensors")
+
+
 def test_native_adapters_and_runs(tmp_path):
     layer = LayerAdapter(np.ones((3, 8, 2), np.float32), np.ones((3, 2, 8), np.float32), 4.0)
     save_lora(tmp_path / "a.safetensors", LoRA({"cross_attn.q": layer}))

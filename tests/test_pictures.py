@@ -286,3 +286,10 @@ def test_files_that_are_no_pictures_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.open", closed)
     with pytest.raises(UserError, match=r"a\.png may not be read; change its permissions"):
         read_picture(tmp_path / "a.png")
+
+
+def test_a_picture_of_far_too_many_pixels_is_refused(tmp_path, monkeypatch):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", RGB.size // 3 // 2 - 1)
+    with pytest.raises(UserError, match=r"a\.png is too large a picture .*; make it smaller"):
+        read_picture(tmp_path / "a.png")

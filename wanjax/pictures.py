@@ -99,6 +99,8 @@ def _readable(name: str) -> Iterator[None]:
         raise UserError(f"{name} is a folder and not a picture; name a file in it.") from error
     except PermissionError as error:
         raise UserError(f"{name} may not be read; change its permissions.") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name} is too large a picture ({error}); make it smaller.") from error
     except Exception as error:  # a decoder may stumble in any way
         raise UserError(
             f"{name} cannot be read as a picture ({error}); save it again as PNG or JPEG."

@@ -135,18 +135,18 @@ def _stacked(path: Path, role: str, blocks: Mapping[int, Mapping[str, np.ndarray
                 f"{path}: block {block} of '{role}' has no matching lora_A and lora_B; "
                 "the file is incomplete, fetch it again."
             )
-    some = next(iter(blocks.values()))
-    d_in, d_out = some["A"].shape[1], some["B"].shape[0]
+    widths = {block: (pair["A"].shape[1], pair["B"].shape[0]) for block, pair in blocks.items()}
+    numbers = sorted(blocks)
+    d_in, d_out = widths[numbers[0]]
+    for block in numbers:
+        if widths[block] != (d_in, d_out):
+            raise UserError(f"{path}: block {block} of '{role}' differs in width from the others.")
     rank = max(pair["A"].shape[0] for pair in blocks.values())
     down = np.zeros((len(blocks), d_in, rank), np.float32)
     up = np.zeros((len(blocks), rank, d_out), np.float32)
-    numbers = sorted(blocks)
     for i, block in enumerate(numbers):
-        pair = blocks[block]
-        have = pair["A"].shape[0]
-        if (pair["A"].shape[1], pair["B"].shape[0]) != (d_in, d_out):
-            raise UserError(f"{path}: block {block} of '{role}' differs in width from the others.")
-        down[i, :, :have], up[i, :have] = pair["A"].T, pair["B"].T
+        have = blocks[block]["A"].shape[0]
+        down[i, :, :have], up[i, :have] = blocks[block]["A"].T, blocks[block]["B"].T
     return LayerAdapter(down, up, float(rank), tuple(numbers))
 
 

@@ -277,6 +277,16 @@ def test_adapters_of_a_run_that_diverged_are_refused_by_the_tensor(bad, tmp_path
     assert not (tmp_path / "o.safetensors").exists()
 
 
+def test_blocks_that_differ_in_width_are_refused_before_anything_is_allocated(tmp_path):
+    tensors, huge = some_blocks(0), 1 << 50  # of no bytes in the file
+    layer = "diffusion_model.blocks.1.self_attn.q"
+    tensors[f"{layer}.lora_A.weight"] = np.zeros((huge, 0), np.float32)
+    tensors[f"{layer}.lora_B.weight"] = np.zeros((0, huge), np.float32)
+    write_tensors(tmp_path / "c.safetensors", tensors)
+    with pytest.raises(UserError, match="block 1 of 'self_attn.q' differs in width"):
+        open_lora(tmp_path / "c.safetensors")
+
+
 def test_codes_of_a_quantised_adapter_are_refused(tmp_path):
     codes = {k: np.ones(v.shape, np.int8) for k, v in some_blocks(0).items()}
     write_tensors(tmp_path / "c.safetensors", codes)
@@ -317,6 +327,7 @@ SPOILT = [
     ("alpha", '{"self_attn.q": "4"}'),
     ("alpha", '{"self_attn.k": 4}'),
     ("alpha", "[4]"),
+    ("alpha", "{}"),
     ("alpha", "[" * 9999),
     ("blocks", '{"self_attn.q": [1, 0, 2]}'),
     ("blocks", '{"self_attn.q": [0, 1]}'),

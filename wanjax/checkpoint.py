@@ -224,6 +224,8 @@ def _lora_of_file(path: Path) -> LoRA:
             role: _layer_of_file(file.tensors, role, alphas[role], blocks.get(role))
             for role in alphas
         }
+        if not layers:
+            raise ValueError("it names no layer")
     except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); export the adapter again.") from error
     except RecursionError as error:

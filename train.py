@@ -7,27 +7,46 @@ is refused. Watch it with `tensorboard --logdir RUN`, or read RUN/metrics.jsonl.
 
 import hashlib
 import json
-import math
+import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+from grain import DatasetIterator
+from jax.sharding import Mesh
+
 from configs import TrainJob, command_line, parse_mesh
-from wanjax.checkpoint import RUN_FILE, RUN_VERSION, Checkpoints, check_resumable, read_run
+from wanjax import lora
+from wanjax.checkpoint import (
+    RUN_FILE,
+    RUN_VERSION,
+    Checkpoints,
+    check_resumable,
+    latest_step,
+    read_run,
+    validations,
+)
 from wanjax.data.features import Features
 from wanjax.data.loader import make_loader
 from wanjax.errors import UserError, run_script
-from wanjax.metrics import MetricsLog
-from wanjax.outputs import require_writable, whole_file
+from wanjax.loop import Loop
+from wanjax.metrics import read_metrics
+from wanjax.outputs import LOCK, alone, require_writable, whole_file
 from wanjax.precision import parse_dtype
-from wanjax.progress import progress_bar
 from wanjax.sharding import check_heads
-from wanjax.training import TrainConfig, Trainer, check_config, free_to_change, stop_signals
+from wanjax.training import TrainConfig, Trainer, check_config, free_to_change
 from wanjax.types import Batch
-from wanjax.weights import fingerprint, load_network, read_config, replace_network
+from wanjax.weights import (
+    abstract_network,
+    fingerprint,
+    load_network,
+    read_config,
+    replace_network,
+)
 
 
 def main() -> None:
@@ -36,35 +55,121 @@ def main() -> None:
     check_config(job.settings, mesh)
     features = Features.open(job.features)
     check_belongs(features, job)
-    if mesh is not None:
-        check_heads(read_config(job.checkpoint)["dit"].num_heads, mesh.shape["ulysses"])
+    check_model(job, mesh)
     if job.settings.validate_every:
         features.source("validation")  # or a sentence, now and not at the first validation
-    settings = describe(preset, job, features)
-    check_run(job.run, settings, free_to_change(job.settings))
-
-    dtype = "float32" if job.settings.train == "full" else job.settings.dtype
-    dit = load_network(job.checkpoint, "dit", dtype=parse_dtype(dtype), mesh=mesh)
-    trainer = Trainer(dit, job.settings, mesh)
     loader = make_loader(
         features,
         batch=job.settings.batch,
         seed=job.settings.seed,
         data_parallel=1 if mesh is None else mesh.shape["data"],
     )
+    settings = describe(preset, job, features)
+    check_run(job, settings)
+    with alone(job.run, "training"):
+        run(job, mesh, features, loader, settings)
+
+
+def run(
+    job: TrainJob,
+    mesh: Mesh | None,
+    features: Features,
+    loader: DatasetIterator[Batch],
+    settings: dict,
+) -> None:
+    """All that writes into the run."""
+    config = job.settings
+    dtype = "float32" if config.train == "full" else config.dtype
+    dit = load_network(job.checkpoint, "dit", dtype=parse_dtype(dtype), mesh=mesh)
+    trainer = Trainer(dit, config, mesh)
     write_settings(job.run, settings)
-    checkpoints = Checkpoints(job.run, keep=job.settings.keep)
+    checkpoints = Checkpoints(job.run, keep=config.keep)
     if checkpoints.latest is not None:
         loader.set_state(trainer.restore(checkpoints, checkpoints.latest))
     model = job.run / "model"
-    if trainer.step < job.settings.steps:
+    if trainer.step < config.steps:
         shutil.rmtree(model, ignore_errors=True)  # of the same run when it had fewer steps
-    stopped_by = train(trainer, loader, features, checkpoints, job)
+    sys.stderr.write(plan(trainer, features, job))
+    stopped_by = make_loop(trainer, loader, features, checkpoints, config).run(job.run, checkpoints)
     if stopped_by is not None:
         sys.stderr.write(f"stopped at step {trainer.step}; the same command goes on from there\n")
         sys.exit(128 + stopped_by)
-    if job.settings.train == "full" and not model.exists():
+    if config.train == "full" and not model.exists():
         replace_network(job.checkpoint, model, "dit", trainer.model())
+    sys.stderr.write(outcome(job))
+
+
+def make_loop(
+    trainer: Trainer,
+    loader: Iterator[Batch],
+    features: Features,
+    checkpoints: Checkpoints,
+    config: TrainConfig,
+) -> Loop:
+    """The loop over this run's steps."""
+
+    def step() -> dict[str, jax.Array | float]:
+        batch = next(loader)
+        count, t, h, w, _ = batch.latents.shape
+        return trainer.train(batch) | {"tokens": count * t * (h // 2) * (w // 2)}
+
+    def validate() -> float:
+        held_out = make_loader(features, "validation", batch=1, seed=0, repeat=False)
+        return trainer.validate(held_out)
+
+    def save(_: int, found: dict[str, float] | None) -> None:
+        trainer.save(checkpoints, loader.get_state(), found)
+
+    return Loop(
+        "Training",
+        config.steps,
+        step,
+        save,
+        save_every=config.checkpoint_every,
+        log_every=config.log_every,
+        validate=validate,
+        validate_every=config.validate_every,
+    )
+
+
+def plan(trainer: Trainer, features: Features, job: TrainJob) -> str:
+    """What is about to happen, in two lines."""
+    config = job.settings
+    trained = sum(x.size for x in jax.tree.leaves(trainer.state.params))
+    what = f"adapters of rank {config.rank} ({config.targets})"
+    what = what if config.train == "lora" else "all weights"
+    windows = ", ".join(f"{split} {count}" for split, count in features.splits.items())
+    t, h, w, _ = features.spec.latents
+    return (
+        f"{what}: {trained:,} parameters; windows of {job.features}: {windows}, "
+        f"{t}x{h}x{w} latents each\n"
+        f"steps {trainer.step} to {config.steps}, {config.batch} windows a step, on "
+        f"{trainer.mesh.size} device{'s' * (trainer.mesh.size > 1)}, into {job.run}\n"
+    )
+
+
+def outcome(job: TrainJob) -> str:
+    """What the run has come to, and what to do with it."""
+    losses = [entry["loss"] for entry in read_metrics(job.run)]
+    tenth = max(1, len(losses) // 10)
+    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    found = validations(job.run, job.settings.steps)
+    best = f"; least validation loss {min(found.values()):.4f} at step " if found else ""
+    best += str(min(found, key=found.get)) if found else ""
+    use = f"--checkpoint {job.run}/model" if job.settings.train == "full" else f"--lora {job.run}"
+    return (
+        f"{job.run}: {job.settings.steps} steps, loss {first:.4f} in the first tenth and "
+        f"{last:.4f} in the last{best}; sample with {use}\n"
+    )
+
+
+def check_model(job: TrainJob, mesh: Mesh | None) -> None:
+    """Refuse, before weights are read, targets and a mesh that are not for this model."""
+    config = read_config(job.checkpoint)["dit"]
+    if job.settings.train == "lora":
+        lora.select(abstract_network("dit", config, jnp.bfloat16), job.settings.targets)
+    if mesh is not None:
+        check_heads(config.num_heads, mesh.shape["ulysses"])
 
 
 def check_belongs(features: Features, job: TrainJob) -> None:
@@ -112,11 +217,19 @@ def digest(features: Features) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_run(run: Path, settings: dict, free: frozenset[str]) -> None:
-    """See that `run` is new, or that the run which stands there is this one but for `free`."""
+def check_run(job: TrainJob, settings: dict) -> None:
+    """See that the run is new, or that the one which stands there is this one but for what is free
+    to change."""
+    run, steps = job.run, job.settings.steps
     if (run / RUN_FILE).exists():
+        free = free_to_change(job.settings)
         check_resumable(run, settings, read_run(run), free, asdict(TrainConfig()))
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if (done := latest_step(run) or 0) > steps:
+            raise UserError(
+                f"{run} has {done} steps and this command has steps={steps}; use --steps {done} or "
+                f"more, or take the checkpoint that you want as {run}@STEP."
+            )
+    elif run.exists() and (not run.is_dir() or set(os.listdir(run)) - {LOCK}):
         raise UserError(f"{run} exists and is not a run of train.py; choose another --run.")
     require_writable(run / RUN_FILE)
 
@@ -126,60 +239,6 @@ def write_settings(run: Path, settings: dict) -> None:
     run.mkdir(parents=True, exist_ok=True)
     with whole_file(run / RUN_FILE, replace=True) as partial:
         partial.write_text(json.dumps(settings, indent=1))
-
-
-def train(
-    trainer: Trainer,
-    loader: Iterator[Batch],
-    features: Features,
-    checkpoints: Checkpoints,
-    job: TrainJob,
-) -> int | None:
-    """Step until the last step; the number of the signal that stopped it earlier, if one did."""
-    config = job.settings
-    with (
-        MetricsLog(job.run, trainer.step) as log,
-        progress_bar("Training", config.steps, done=trainer.step) as bar,
-        stop_signals() as stopped_by,
-    ):
-        while trainer.step < config.steps and stopped_by() is None:
-            metrics = timed_step(trainer, next(loader))
-            step = trainer.step
-            check_finite(metrics, checkpoints)
-            validates = config.validate_every and step % config.validate_every == 0
-            if validates:
-                held_out = make_loader(features, "validation", batch=1, seed=0, repeat=False)
-                metrics["validation_loss"] = trainer.validate(held_out)
-            if step % config.log_every == 0 or step == config.steps or validates:
-                log.write(step, metrics)
-            if step % config.checkpoint_every == 0:
-                trainer.save(checkpoints, loader.get_state())
-            bar.advance(
-                note="loss {loss:.4f}  {seconds:.2f} s/step  {tokens_per_second:,.0f} "
-                "tokens/s".format(**metrics)
-            )
-        if trainer.step != checkpoints.latest and trainer.step > 0:
-            trainer.save(checkpoints, loader.get_state())
-        return stopped_by() if trainer.step < config.steps else None
-
-
-def timed_step(trainer: Trainer, batch: Batch) -> dict[str, float]:
-    """One step: its loss, gradient norm, seconds, and video tokens a second."""
-    start = time.perf_counter()
-    metrics = trainer.train(batch)
-    seconds = time.perf_counter() - start
-    count, t, h, w, _ = batch.latents.shape
-    tokens = count * t * (h // 2) * (w // 2)
-    return metrics | {"seconds": seconds, "tokens_per_second": tokens / seconds}
-
-
-def check_finite(metrics: dict[str, float], checkpoints: Checkpoints) -> None:
-    """Stop before a broken state is saved over good ones."""
-    if not math.isfinite(metrics["loss"]):
-        raise UserError(
-            f"The loss became {metrics['loss']} after the checkpoint of step {checkpoints.latest}; "
-            "start a new run with a lower --learning-rate."
-        )
 
 
 if __name__ == "__main__":

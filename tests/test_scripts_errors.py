@@ -183,6 +183,7 @@ TRAIN = {
     "train": (("--train", "lorra"), "'lorra' is no --train; did you mean 'lora'"),
     "not a number": (("--steps", "many"), "--steps.*'many'"),
     "option": (("--learning-rte", 1), "no option '--learning-rte'; did you mean '--learning-rate'"),
+    "steps below the run's": (("--run", "run", *TINY, "--steps", 1), "run has . steps.*run@STEP"),
     "stray word": (("--steps", 3, "4"), "[Uu]nrecogni[sz]ed.* 4"),
 }
 

@@ -12,15 +12,15 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     ["types", "errors", "progress"],
     ["precision", "sharding", "rope", "outputs", "residency", "text_files"],
-    ["attention", "tensor_files"],
+    ["attention", "tensor_files", "metrics"],
     ["nn"],
     ["causal"],
     ["models"],
     ["lora", "flow", "solvers", "text"],
-    ["denoising", "conditioning", "weights", "checkpoint", "metrics", "prompt_cache", "latents"]
+    ["denoising", "conditioning", "weights", "checkpoint", "prompt_cache", "latents"]
     + ["data", "eval"],
     ["pictures"],
-    ["pipeline", "training"],
+    ["pipeline", "training", "loop"],
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 

@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +20,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 from rich.filesize import decimal
 
 from wanjax.errors import UserError
 from wanjax.lora import STACK, LayerAdapter, LoRA, require_finite
+from wanjax.metrics import read_metrics
 from wanjax.outputs import whole_file
 from wanjax.tensor_files import SafetensorsWriter, read_safetensors
 from wanjax.types import PathLike
@@ -44,8 +47,13 @@ class Checkpoints:
     def __init__(self, run: Path, *, keep: int | None = None):
         _quieten_orbax()
         self.run = run
+        gained = lambda found: -found["validation_loss"]  # noqa: E731
+        best = BestN(get_metric_fn=gained, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            best_fn=gained,  # without it metrics are not written
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
 
@@ -54,8 +62,15 @@ class Checkpoints:
         """The step of the newest whole checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, loader: Mapping[str, Any]) -> None:
-        """Write one checkpoint. Raises `UserError` where the disk is full; older ones survive."""
+    def save(
+        self,
+        step: int,
+        state: Any,
+        loader: Mapping[str, Any],
+        found: Mapping[str, float] | None = None,
+    ) -> None:
+        """Write one checkpoint; the newest are kept and, of those with a validation loss in
+        `found`, the best. Raises `UserError` where the disk is full; older ones survive."""
         needed = sum(x.nbytes for x in jax.tree.leaves(state)) + _OVERHEAD
         free = shutil.disk_usage(self.run).free
         if free < needed:
@@ -66,7 +81,7 @@ class Checkpoints:
         )
         try:
             with _one_error():
-                self._manager.save(step, args=parts, force=True)
+                self._manager.save(step, args=parts, metrics=found, force=True)
         except Exception as error:  # tensorstore reports a full disk as ValueError or OSError
             self._discard_partial()
             raise self._not_written(step, _first_line(error)) from error
@@ -110,17 +125,32 @@ def _one_error() -> Iterator[None]:
     """While Orbax writes with many threads, the first failure is raised; keep the others, which
     arrive when nobody listens any more, from being printed with their tracebacks.
 
-    After a failure they may still arrive until the process ends, which it is about to do.
+    After a failure they may still arrive until the process ends, which it is about to do. What the
+    main thread raises is shown all the same.
     """
-    hooks = sys.excepthook, sys.unraisablehook
-    sys.excepthook = sys.unraisablehook = lambda *_: None
+    hooks = threading.excepthook, sys.unraisablehook
+    threading.excepthook = sys.unraisablehook = lambda *_: None
     yield
-    sys.excepthook, sys.unraisablehook = hooks
+    threading.excepthook, sys.unraisablehook = hooks
+
+
+def kept_steps(run: Path) -> list[int]:
+    """The steps of a run's whole checkpoints, in order, though it may be training just now."""
+    return sorted(int(p.name) for p in run.glob("checkpoints/*") if p.name.isdigit())
 
 
 def latest_step(run: Path) -> int | None:
-    """The step of a run's newest whole checkpoint, though it may be training just now."""
-    return max((int(p.name) for p in run.glob("checkpoints/*") if p.name.isdigit()), default=None)
+    """The step of the newest of them."""
+    return max(kept_steps(run), default=None)
+
+
+def validations(run: Path, last: int) -> dict[int, float]:
+    """The validation loss of every step up to `last` that had one, by `metrics.jsonl`."""
+    found = {}
+    for entry in read_metrics(run):
+        if entry["step"] <= last and "validation_loss" in entry:
+            found[entry["step"]] = entry["validation_loss"]
+    return found
 
 
 def _first_line(error: Exception) -> str:
@@ -151,27 +181,59 @@ def read_run(run: PathLike) -> dict[str, Any]:
 
 
 def load_lora(path: PathLike) -> LoRA:
-    """Adapters from a run (its newest checkpoint) or from a native adapter file.
+    """Adapters from a run or from a native adapter file.
 
-    Raises `UserError` for anything else, and for NaN or infinity in a weight.
+    Of a run that is the newest checkpoint, `RUN@STEP` another that is kept, and `RUN@best` the one
+    with the least validation loss. Raises `UserError` for anything else, and for NaN or infinity in
+    a weight.
     """
-    path = Path(path)
+    path, which = _chosen(Path(path))
     if not path.exists():
         raise UserError(f"There is no run or adapter file '{path}'; check the path.")
-    lora = _lora_of_run(path) if path.is_dir() else _lora_of_file(path)
+    if path.is_dir():
+        lora = _lora_of_run(path, which)
+    elif which is None:
+        lora = _lora_of_file(path)
+    else:
+        raise UserError(f"{path} is a file and has no checkpoints; leave '@{which}' out.")
     for role, adapter in lora.layers.items():
         require_finite(adapter.down, f"{STACK}.{role}.down", path)
         require_finite(adapter.up, f"{STACK}.{role}.up", path)
     return lora
 
 
-def _lora_of_run(run: Path) -> LoRA:
+def _chosen(path: Path) -> tuple[Path, str | None]:
+    """`runs/film@best` as `(runs/film, "best")`, unless something has that very name."""
+    name, at, which = path.name.rpartition("@")
+    return (path.with_name(name), which) if at and name and not path.exists() else (path, None)
+
+
+def _step_of(run: Path, which: str | None) -> int:
+    """The step of the checkpoint that was asked for."""
+    kept = kept_steps(run)
+    if not kept:
+        raise UserError(f"{run} has no checkpoint yet; let it train for longer.")
+    if which is None:
+        return kept[-1]
+    if which == "best":
+        losses = {s: loss for s, loss in validations(run, kept[-1]).items() if s in kept}
+        if not losses:
+            raise UserError(
+                f"{run} has no checkpoint with a validation loss; train with --validate-every, or "
+                f"choose a step from {', '.join(map(str, kept))}."
+            )
+        return min(losses, key=losses.get)
+    if not which.isdigit() or int(which) not in kept:
+        choice = ", ".join(map(str, kept))
+        raise UserError(f"{run} has no checkpoint '{which}'; choose from {choice}, or best.")
+    return int(which)
+
+
+def _lora_of_run(run: Path, which: str | None) -> LoRA:
     settings = read_run(run)
     if settings["train"] != "lora":
         raise UserError(f"{run} trained all weights and has no adapter; use its model/ folder.")
-    step = latest_step(run)
-    if step is None:
-        raise UserError(f"{run} has no checkpoint yet; let it train for longer.")
+    step = _step_of(run, which)
     _quieten_orbax()
     folder = (run / "checkpoints" / str(step) / "state").absolute()
     reader = ocp.PyTreeCheckpointer()

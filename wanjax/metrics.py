@@ -7,13 +7,14 @@ behind a queue, which on a full disk dies and leaves the loop waiting for room i
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 from wanjax.errors import UserError
 from wanjax.outputs import whole_file
 
+METRICS = "metrics.jsonl"
 FLUSH_SECONDS = 10  # between what TensorBoard can see; lines of metrics.jsonl appear at once
 
 
@@ -28,10 +29,10 @@ class MetricsLog:
         from tensorboardX.event_file_writer import EventsWriter  # slow to import
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self.path = run / "metrics.jsonl"
+        self.path = run / METRICS
         with self._explained():
             if self.path.exists():
-                kept = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
+                kept = [json.dumps(entry) for entry in read_metrics(run) if entry["step"] <= step]
                 with whole_file(self.path, replace=True) as partial:
                     partial.write_text("".join(line + "\n" for line in kept))
             self._file = self.path.open("a", buffering=1)
@@ -89,8 +90,11 @@ class MetricsLog:
         )
 
 
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")  # the last line of a killed run may be cut
+def read_metrics(run: Path) -> Iterator[dict[str, float]]:
+    """The lines of a run's metrics; the last line of a killed run may be cut, and is left out."""
+    path = run / METRICS
+    for line in path.read_text().split("\n") if path.exists() else ():
+        with suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            entry["step"]
+            yield entry

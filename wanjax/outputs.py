@@ -5,17 +5,20 @@ to the same place can tell it from the work of a living one, and remove it.
 """
 
 import errno
+import fcntl
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from rich.filesize import decimal
 
 from wanjax.errors import UserError
 
+LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -80,6 +83,38 @@ def _beside(path: Path) -> Iterator[Path]:
         raise _explained(error, path) from error
     finally:
         _remove(partial)
+
+
+@contextmanager
+def alone(folder: Path, doing: str) -> Iterator[None]:
+    """Refuse a folder in which another living process is `doing` the same. It is made if it is
+    missing, and goes again if nothing was put into it.
+
+    The lock goes with the process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        _lock(file, f"{doing} in {folder}")
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [LOCK]:
+                _remove(folder)
+
+
+def _lock(file: TextIO, what: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"Another process is {what} ({file.read()}); wait for it, or stop it first."
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
 
 
 def refuse_existing(path: Path) -> None:

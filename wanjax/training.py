@@ -1,4 +1,4 @@
-"""The training loop: adapters (or all weights) by gradient descent on the flow-matching loss.
+"""Training: adapters (or all weights) by gradient descent on the flow-matching loss.
 
 `train_step` is one pure function of the trained parameters, the frozen ones, a batch and the step's
 number; all randomness is `fold_in(key, step)`. So a run that was killed and resumed equals one that
@@ -6,13 +6,10 @@ never stopped, bit for bit.
 """
 
 import math
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -261,14 +258,11 @@ class Trainer:
         self.graph, trained, self.frozen = prepare_model(model, config)
         self.optimizer = make_optimizer(config)
         self.state = initial_train_state(trained, self.optimizer, self.mesh)
+        self.step = 0
         self._key = jax.random.key(config.seed)
 
-    @property
-    def step(self) -> int:
-        return int(self.state.step)
-
-    def train(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step on a host batch."""
+    def train(self, batch: Batch) -> dict[str, jax.Array]:
+        """One optimizer step on a host batch. Nothing here waits for the device."""
         with self.on_mesh():
             self.state, metrics = train_step(
                 self.state,
@@ -280,7 +274,8 @@ class Trainer:
                 optimizer=self.optimizer,
                 law=self.config.timestep_law,
             )
-            return {name: float(value) for name, value in metrics.items()}
+        self.step += 1
+        return metrics
 
     def validate(self, batches: Iterator[Batch]) -> float:
         """Mean loss over windows at fixed times and noises; comparable from step to step, and the
@@ -299,35 +294,24 @@ class Trainer:
         """The model with its present parameters."""
         return nnx.merge(self.graph, self.state.params, self.frozen)
 
-    def save(self, checkpoints: Checkpoints, loader: dict[str, Any]) -> None:
-        checkpoints.save(self.step, self.state, loader)
+    def save(
+        self,
+        checkpoints: Checkpoints,
+        loader: dict[str, Any],
+        found: dict[str, float] | None = None,
+    ) -> None:
+        """Write a checkpoint; `found` is what validation gave at this step."""
+        checkpoints.save(self.step, self.state, loader, found)
 
     def restore(self, checkpoints: Checkpoints, step: int) -> dict[str, Any]:
         """Take up a checkpoint, on whatever mesh this run has; returns the loader's position."""
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
         )
+        self.state = None  # not two of them at once
         self.state, loader = checkpoints.restore(step, like)
+        self.step = step
         return loader
 
     def on_mesh(self):
         return jax.set_mesh(self.mesh)
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """While this is open the first SIGINT or SIGTERM is remembered, not obeyed, so that a step can
-    end and be saved; the value tells which came. A second one is obeyed at once."""
-    received: list[int] = []
-    with ExitStack() as undo:
-        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-
-        def remember(number: int, frame: FrameType | None) -> None:
-            received.append(number)
-            for n, handler in before.items():
-                signal.signal(n, handler)
-
-        for number, handler in before.items():
-            signal.signal(number, remember)
-            undo.callback(signal.signal, number, handler)
-        yield lambda: received[0] if received else None

@@ -1,10 +1,8 @@
-"""One training loop for the small networks that the project's own train.py does not train.
+"""Training of the small networks that the project's own train.py does not train.
 
-It logs, saves, stops at a signal and goes on where it stopped: a step is a function of the state
-and the step's number alone, so an interrupted run equals an unbroken one.
+It logs, saves, stops at a signal and goes on where it stopped, as train.py does.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,7 @@ from typing import Any
 import jax
 
 from wanjax.checkpoint import Checkpoints
-from wanjax.metrics import MetricsLog
-from wanjax.progress import progress_bar
-from wanjax.training import stop_signals
+from wanjax.loop import Loop
 
 SAVE_EVERY = 250
 LOG_EVERY = 10
@@ -34,25 +30,17 @@ def train(
     done = checkpoints.latest or 0
     if done:
         state, _ = checkpoints.restore(done, state)
-    with (
-        MetricsLog(run, done) as log,
-        progress_bar(label, steps, done) as bar,
-        stop_signals() as signalled,
-    ):
-        begun, since = time.perf_counter(), done
-        bar.advance(0, note="compiling the first step, which can take minutes")
-        for number in range(done, steps):
-            state, metrics = step_of(state, number)
-            taken = number + 1
-            if taken % LOG_EVERY == 0 or taken == steps:
-                values = {name: float(value) for name, value in metrics.items()}
-                seconds = (time.perf_counter() - begun) / (taken - since)
-                begun, since = time.perf_counter(), taken
-                log.write(taken, values | {"seconds": seconds})
-                bar.advance(0, note=f"loss {values['loss']:.4f}")
-            bar.advance()
-            if taken % SAVE_EVERY == 0 or taken == steps or signalled():
-                checkpoints.save(taken, state, {})
-            if signal := signalled():
-                raise SystemExit(128 + signal)
+
+    def step() -> dict[str, jax.Array]:
+        nonlocal state, done
+        state, metrics = step_of(state, done)
+        done += 1
+        return metrics
+
+    def save(number: int, _: dict[str, float] | None) -> None:
+        checkpoints.save(number, state, {})
+
+    loop = Loop(label, steps, step, save, save_every=SAVE_EVERY, log_every=LOG_EVERY)
+    if signal := loop.run(run, checkpoints):
+        raise SystemExit(128 + signal)
     return state

@@ -70,7 +70,7 @@ def test_another_aspect_is_covered_as_in_training(source, target):
     ramps[..., 0] = np.linspace(0, 255, tall)[:, None]
     ramps[..., 1] = np.linspace(0, 255, wide)
     if max(tall * target[1], wide * target[0]) > 1.06 * min(tall * target[1], wide * target[0]):
-        with pytest.warns(UserWarning, match="cut off; leave out height and width"):
+        with pytest.warns(UserWarning, match="cut off; choose a height and width"):
             prepared = prepare(ramps, frames=1, height=target[0], width=target[1])
     else:
         prepared = prepare(ramps, frames=1, height=target[0], width=target[1])

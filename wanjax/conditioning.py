@@ -151,7 +151,7 @@ def _warn_of_aspect(picture: Picture, height: int, width: int, preprocess: str) 
         done = f"{lost:.0%} of it is cut off" if preprocess == "official" else "it is squashed"
         warnings.warn(
             f"The picture of {wide}x{tall} has another aspect than the video of {width}x{height}: "
-            f"{done}; leave out height and width for a video of its aspect.",
+            f"{done}; choose a height and width of its aspect to avoid that.",
             stacklevel=3,
         )
 

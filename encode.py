@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from configs import EncodeJob, command_line, parse_mesh
 from wanjax.conditioning import check_size, image_tokens, picture_condition, prepare, size_for
-from wanjax.data.clips import Window, read_dataset, read_windows, windows
+from wanjax.data.clips import Window, read_dataset, read_windows, refuse_shared, windows
 from wanjax.data.features import FeatureSpec, FeatureWriter, Origin
 from wanjax.data.framing import fit_picture
 from wanjax.data.report import describe_films, refuse_cropped, summary, warn_of_cuts
@@ -127,6 +127,7 @@ def origins(cut: Sequence[Window]) -> dict[str, Origin]:
         for file in files:
             films[file] = digest(file)
             bar.advance()
+    refuse_shared(dict.fromkeys(window.shot for window in cut), films)  # copies, too
     return {
         window.name: Origin(
             split=window.shot.split,

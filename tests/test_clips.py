@@ -219,6 +219,17 @@ def test_shots_of_different_splits_share_no_frames(tmp_path, spans, shared):
         read_dataset(listing(tmp_path, *entries))
 
 
+def test_all_films_that_cannot_be_read_are_named_at_once(tmp_path):
+    for name in "abcd":
+        film(tmp_path / f"{name}.mp4", 12)
+    for name in "bd":
+        (tmp_path / f"{name}.mp4").write_text("no film")
+    with pytest.raises(
+        UserError, match=r"b\.mp4 cannot be read .*\. Neither can be used: .*d\.mp4\."
+    ):
+        windows(read_dataset(tmp_path, default_caption="c"), frames=5)
+
+
 def test_one_more_window_may_end_with_the_shot(tmp_path):
     film(tmp_path / "a.mp4", 60)  # 40 frames at 16 fps
     shots = read_dataset(tmp_path, default_caption="c")

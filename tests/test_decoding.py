@@ -1,5 +1,6 @@
 """Films as cameras, recorders and cutters leave them: what a decoder gives of them, in order."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from tests.test_video import STEP, numbers
 from wanjax.data.clips import Shot, read_windows, windows
-from wanjax.data.video import probe, read_stretches, read_video, write_video
+from wanjax.data.video import _continuous, probe, read_stretches, read_video, write_video
 from wanjax.errors import UserError
 
 FAITHFUL = {"bf": "3", "b_strategy": "0", "sc_threshold": "0", "g": "20"}
@@ -60,6 +61,29 @@ def test_avi_with_reordered_frames_gives_them_in_order(tmp_path, frames, monkeyp
     assert read(path) == [list(range(60))]
     part, _ = read_video(path, fps=16, start=1.5, frames=9)
     assert numbers(part) == [36 + int(1.5 * k) for k in range(9)]
+
+
+def test_frames_are_never_given_out_of_order(tmp_path):
+    """Even of a film whose times were taken for good."""
+    path = steady(tmp_path / "a.avi")
+    info = dataclasses.replace(probe(path), times=None)
+    (taken,) = read_stretches(path, info, [0], 60, 24)
+    assert len(taken) < 12 and numbers(np.stack(taken)) == sorted(numbers(np.stack(taken)))
+
+
+@pytest.mark.parametrize(
+    ("raw", "times"),
+    [
+        ([5, 6, 7, 8], [0, 1, 2, 3]),
+        ([None, 1, None, 3, None], [0, 1, 2, 3, 4]),
+        ([1, 4, 5, 6, 3, 7, 2, 8], [0, 1, 2, 3, 4, 5, 6, 7]),  # AVI's guesses
+        ([0, 1, 2, 3, 4, 60, 61], [0, 1, 2, 3, 4, 5, 6]),  # ahead by more than 50
+        ([0, 1, 2, 3, 40, 41], [0, 1, 2, 3, 40, 41]),  # a picture that is held
+        ([*range(100, 130), *range(20)], list(range(50))),  # back, as in two files end to end
+    ],
+)
+def test_one_timeline(raw, times):
+    assert _continuous(raw, jump=50) == times
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "mp4", "ts", "avi"])

@@ -155,6 +155,12 @@ def test_encode_refuses_films_and_checkpoints(bench, monkeypatch):
     assert "only holds no dit (it has vae, text_encoder); convert" in refusal("clips", "only")
     write_checkpoint(Path("blind"), only=("dit", "vae", "text_encoder"))
     assert "blind holds no image_encoder" in refusal("clips", "blind")
+    shutil.copytree("clips", "copies")
+    shutil.copyfile("copies/c0.mp4", "copies/c1.mp4")
+    lines = [{"file": f"c{i}.mp4", "split": ("train", "test")[i]} for i in range(2)]
+    Path("copies/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    message = refusal("copies", "ck")
+    assert "copies/c0.mp4 (train) and copies/c1.mp4 (test) share frames" in message
     shutil.copytree("ck", "mute")
     shutil.rmtree("mute/tokenizer")
     assert "no tokenizer at 'mute/tokenizer/tokenizer.json'" in refusal("clips", "mute")

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,7 +111,7 @@ def read_dataset(folder: PathLike, default_caption: str | None = None) -> list[S
         shots = [Shot(file, _name(file, folder), caption="") for file in films]
     if not shots:
         raise UserError(f"{folder} holds no films; put MP4, MOV, MKV or WebM files into it.")
-    _refuse_shared(shots)
+    refuse_shared(shots, {shot.file: shot.file.resolve() for shot in shots})
     default = None if default_caption is None else whole_characters(default_caption)
     return _captioned(shots, listing, default)
 
@@ -287,11 +287,12 @@ def _refuse_picture(file: Path) -> None:
         )
 
 
-def _refuse_shared(shots: Sequence[Shot]) -> None:
-    """Refuse two shots of one film that overlap and are of different splits."""
-    latest: dict[tuple[Path, str], tuple[float, Shot]] = {}
+def refuse_shared(shots: Iterable[Shot], films: Mapping[Path, Hashable]) -> None:
+    """Raise `UserError` for two shots of one film (of files that are the same in `films`) that
+    overlap and are of different splits."""
+    latest: dict[tuple[Hashable, str], tuple[float, Shot]] = {}
     for shot in sorted(shots, key=lambda shot: shot.start):
-        film = shot.file.resolve()
+        film = films[shot.file]
         for split in SPLITS:
             end, other = latest.get((film, split), (0.0, shot))
             if split != shot.split and end - shot.start > SHARED:
@@ -325,11 +326,20 @@ def _caption_beside(film: Path) -> str:
 
 def _probed(shots: Sequence[Shot]) -> dict[Path, VideoInfo]:
     films: dict[Path, VideoInfo] = {}
+    refused: dict[str, UserError] = {}
     files = dict.fromkeys(shot.file for shot in shots)
     with progress_bar("looking through the films", len(files)) as bar:
         for file in files:
-            films[file] = probe(file)
+            try:
+                films[file] = probe(file)
+            except UserError as error:
+                refused[str(file)] = error
             bar.advance()
+    if len(refused) > 1:
+        first, *others = refused
+        raise UserError(f"{refused[first]} Neither can be used: {some(others)}.")
+    for error in refused.values():
+        raise error
     return films
 
 

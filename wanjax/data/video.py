@@ -306,10 +306,11 @@ def _rate(times: Sequence[float], declared: float) -> float:
 def _continuous(raw: Sequence[float | None], jump: float) -> list[float]:
     """One timeline from 0 for frames in the decoder's order, whose own times may be missing, out of
     order (by as much as codecs reorder), or jump: back, or ahead by more than `jump` seconds."""
-    steps = [abs(b - a) for a, b in pairwise(time for time in raw if time is not None)]
+    known = [(number, time) for number, time in enumerate(raw) if time is not None]
+    steps = [abs(b - a) / (n - m) for (m, a), (n, b) in pairwise(known)]
     lasting = float(np.median(steps)) if steps else 0.04
     pieces: list[list[float]] = []
-    before = latest = math.nan
+    before, latest = -lasting, math.nan
     for time in raw:
         before = before + lasting if time is None else time
         if not latest - REORDERED * lasting < before < latest + jump:
@@ -328,18 +329,21 @@ def _continuous(raw: Sequence[float | None], jump: float) -> list[float]:
 def timed_frames(
     container: av.container.InputContainer, stream: av.VideoStream, info: VideoInfo
 ) -> Timed:
-    """Frames with their times, from where the container stands; None is a loss."""
+    """Frames with their times, from where the container stands; None is a loss. As such counts a
+    frame that has no time, or comes after a later one."""
     known = None if info.times is None else iter(info.times)
-    time = before = 0.0
+    time, lasting = -math.inf, 1 / info.fps
     for frame in progressive(decoded(container, stream)):
-        if frame is None:
-            yield None, 2 * time - before
-            continue
-        following = frame.time - info.origin if known is None else next(known, None)
-        if following is None:
-            return
-        before, time = time, following
-        yield frame, time
+        following = None
+        if frame is not None and known is not None:
+            following = next(known, None)
+        elif frame is not None and frame.pts is not None:
+            following = frame.time - info.origin
+        if following is None or following < time:
+            yield None, time + lasting
+        else:
+            time = following
+            yield frame, time
 
 
 def _shown_from(

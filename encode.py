@@ -16,10 +16,11 @@ from jaxtyping import UInt8
 from configs import EncodeJob, command_line, parse_mesh
 from wanjax.conditioning import check_size, image_tokens, picture_condition, prepare, size_for
 from wanjax.data.clips import Window, read_dataset, read_windows, refuse_shared, windows
-from wanjax.data.features import FeatureSpec, FeatureWriter, Origin
+from wanjax.data.feature_writer import FeatureWriter
+from wanjax.data.features import FeatureSpec, Origin
 from wanjax.data.framing import fit_picture
+from wanjax.data.probing import digest
 from wanjax.data.report import describe_films, refuse_cropped, summary, warn_of_cuts
-from wanjax.data.video import digest
 from wanjax.errors import UserError, run_script, some
 from wanjax.pipeline import Pipeline
 from wanjax.precision import parse_dtype

@@ -29,7 +29,8 @@ from examples.nano.stills import FPS, FRAMES, HEIGHT, WIDTH
 from examples.sheet import contact_sheet, moving_sheet
 from wanjax.data.clips import Shot, Window, windows
 from wanjax.data.framing import fit
-from wanjax.data.video import VideoInfo, probe, read_video
+from wanjax.data.probing import VideoInfo, probe
+from wanjax.data.video import read_video
 from wanjax.errors import UserError, run_script
 from wanjax.eval.lpips import LPIPS
 from wanjax.pipeline import Pipeline

@@ -11,7 +11,8 @@ import pytest
 
 from tests.test_video import STEP, numbers
 from wanjax.data.clips import Shot, read_windows, windows
-from wanjax.data.video import _continuous, probe, read_stretches, read_video, write_video
+from wanjax.data.probing import _continuous, probe
+from wanjax.data.video import read_stretches, read_video, write_video
 from wanjax.errors import UserError
 
 FAITHFUL = {"bf": "3", "b_strategy": "0", "sc_threshold": "0", "g": "20"}

@@ -13,8 +13,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from wanjax.data import feature_writer
 from wanjax.data import features as module
-from wanjax.data.features import Features, FeatureSpec, FeatureWriter, Origin
+from wanjax.data.feature_writer import FeatureWriter
+from wanjax.data.features import Features, FeatureSpec, Origin
 from wanjax.errors import UserError
 
 SPEC = FeatureSpec((2, 4, 6, 16), (12, 8), condition=(2, 4, 6, 20), image=(5, 7))
@@ -76,7 +78,7 @@ def assert_example(example, number, spec=SPEC):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_goes_in_comes_out(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr(module, "SHARD_BYTES", 20_000)  # so that there are several shards
+    monkeypatch.setattr(feature_writer, "SHARD_BYTES", 20_000)  # so that there are several shards
     spec = FeatureSpec(SPEC.latents, SPEC.text, SPEC.condition, SPEC.image, dtype)
     named = windows(range(7)) | windows([8, 9], split="validation")
     writer = FeatureWriter(tmp_path / "f", spec, PRINT, named)
@@ -353,7 +355,7 @@ import socket, sys
 from pathlib import Path
 def refuse(*_): raise RuntimeError("a connection was tried")
 socket.socket.connect = socket.getaddrinfo = refuse
-import wanjax.data.features, wanjax.data.loader
+import wanjax.data.feature_writer, wanjax.data.loader
 assert "tensorflow_datasets" not in sys.modules
 from tests.test_features import written, assert_example
 out = Path({str(tmp_path / "f")!r})

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.test_features import SPEC, assert_example, fill, windows, written
-from wanjax.data.features import Features, FeatureSpec, FeatureWriter
+from wanjax.data.feature_writer import FeatureWriter
+from wanjax.data.features import Features, FeatureSpec
 from wanjax.data.loader import collate, make_loader
 from wanjax.errors import UserError
 from wanjax.types import Batch

@@ -10,8 +10,9 @@ from wanjax.data import report
 from wanjax.data.clips import Shot, Window, read_dataset, windows
 from wanjax.data.cuts import find_cuts
 from wanjax.data.framing import cut_away, enlargement, fit_picture
+from wanjax.data.probing import VideoInfo, probe
 from wanjax.data.report import describe_films, refuse_cropped, warn_of_cuts
-from wanjax.data.video import VideoInfo, probe, write_video
+from wanjax.data.video import write_video
 from wanjax.errors import UserError
 
 

@@ -17,7 +17,8 @@ import encode
 from convert.lora import convert_lora
 from tests.scripts import READS_PROGRAMS, SIZE, call, compiled_quickly, run, start, stop_when
 from wanjax.data.features import Features
-from wanjax.data.video import probe, read_video
+from wanjax.data.probing import probe
+from wanjax.data.video import read_video
 from wanjax.latents import latents_path
 from wanjax.pipeline import Pipeline
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from wanjax.data.decoding import Converter
-from wanjax.data.video import probe, read_video, write_video
+from wanjax.data.probing import probe
+from wanjax.data.video import read_video, write_video
 from wanjax.errors import UserError
 
 ASSETS = Path(__file__).resolve().parents[1] / "../shared/assets"

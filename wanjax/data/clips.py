@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import UInt8
 
-from wanjax.data.video import ROUNDING, Pictures, VideoInfo, probe, read_stretches, read_video
+from wanjax.data.probing import ROUNDING, VideoInfo, probe
+from wanjax.data.video import Pictures, read_stretches, read_video
 from wanjax.errors import UserError, nearest, some
 from wanjax.progress import progress_bar
 from wanjax.text_files import read_objects, read_text, whole_characters

@@ -7,7 +7,8 @@ import av
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from wanjax.data.decoding import opened
-from wanjax.data.video import VideoInfo, timed_frames
+from wanjax.data.probing import VideoInfo
+from wanjax.data.video import timed_frames
 
 # Frames are compared at this size, which is enough; the threshold is the filter's own default.
 SIZE, THRESHOLD = (160, 96), 10.0

@@ -7,7 +7,7 @@ from pathlib import Path
 from wanjax.data.clips import SPLITS, Shot, Window
 from wanjax.data.cuts import find_cuts
 from wanjax.data.framing import cut_away, enlargement
-from wanjax.data.video import ROUNDING
+from wanjax.data.probing import ROUNDING
 from wanjax.errors import UserError, some
 from wanjax.progress import progress_bar
 

@@ -1,12 +1,14 @@
 """The whole pipeline against diffusers' WanImageToVideoPipeline, from the same noise, and adapters
 exported to it. The checkpoint goes through `python -m convert pipeline`, as a user's does."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from convert.lora import convert_lora
+from convert.lora import convert_lora, open_lora, write_comfyui
 from convert.native import convert_pipeline
 from examples.toy_tokenizer import train_toy_tokenizer
 from tests.parity.reference import randomise, relative_error
@@ -207,28 +209,20 @@ def test_networks_called_on_their_own(pair):
     assert ours.text_encoder(ids, (ids > 0).astype(int)).shape == (1, 4, 24)
 
 
-@pytest.mark.parametrize("targets", ["paper", "attention", "qv", "all"])
-def test_exported_adapter_acts_in_diffusers_as_here(pair, tmp_path, targets):
-    theirs, ours, kind = pair
-    if kind == "flf2v" and targets != "all":
-        pytest.skip("one set of targets is enough for the second kind of model")
-    model = Pipeline.load(ours.folder, dtype="float32").dit
-    lora.attach(model, rank=3, alpha=7.0, targets=targets, rngs=nnx.Rngs(0))
-    randomised_adapters(model)
-    save_lora(tmp_path / "native.safetensors", lora.extract(model))
-    convert_lora(tmp_path / "native.safetensors", tmp_path / "comfy.safetensors", "comfyui")
-
-    config = model.config
+def dit_inputs(config):
+    """Latents with their condition, text, and image tokens, one of each."""
     rng = np.random.default_rng(0)
     normal = lambda *s: rng.normal(size=s).astype(np.float32)  # noqa: E731
-    tokens = config.image_positions or 5
-    x, text, image = normal(1, 3, 6, 10, 36), normal(1, 512, 24), normal(1, tokens, 32)
-    with_adapter = model(x[..., :16], jnp.asarray([500.0]), text, image, x[..., 16:])
-    without = ours.dit(x[..., :16], jnp.asarray([500.0]), text, image, x[..., 16:])
-    lora.merge(model)
-    merged = model(x[..., :16], jnp.asarray([500.0]), text, image, x[..., 16:])
+    return normal(1, 3, 6, 10, 36), normal(1, 512, 24), normal(1, config.image_positions or 5, 32)
 
-    theirs.load_lora_weights(tmp_path / "comfy.safetensors")
+
+def our_velocity(model, x, text, image):
+    return model(x[..., :16], jnp.asarray([500.0]), text, image, x[..., 16:])
+
+
+def their_velocity(theirs, adapter, kind, x, text, image):
+    """What the pipeline's denoiser gives with an adapter file loaded."""
+    theirs.load_lora_weights(adapter)
     try:
         image = image.reshape(-1, 5, 32) if kind == "flf2v" else image
         with torch.no_grad():
@@ -241,10 +235,49 @@ def test_exported_adapter_acts_in_diffusers_as_here(pair, tmp_path, targets):
             )[0]
     finally:
         theirs.unload_lora_weights()
-    expected = expected.movedim(1, -1).numpy()
+    return expected.movedim(1, -1).numpy()
+
+
+@pytest.mark.parametrize("targets", ["paper", "attention", "qv", "all"])
+def test_exported_adapter_acts_in_diffusers_as_here(pair, tmp_path, targets):
+    theirs, ours, kind = pair
+    if kind == "flf2v" and targets != "all":
+        pytest.skip("one set of targets is enough for the second kind of model")
+    model = Pipeline.load(ours.folder, dtype="float32").dit
+    lora.attach(model, rank=3, alpha=7.0, targets=targets, rngs=nnx.Rngs(0))
+    randomised_adapters(model)
+    save_lora(tmp_path / "native.safetensors", lora.extract(model))
+    convert_lora(tmp_path / "native.safetensors", tmp_path / "comfy.safetensors", "comfyui")
+
+    given = dit_inputs(model.config)
+    with_adapter, without = our_velocity(model, *given), our_velocity(ours.dit, *given)
+    lora.merge(model)
+    merged = our_velocity(model, *given)
+    expected = their_velocity(theirs, tmp_path / "comfy.safetensors", kind, *given)
     assert relative_error(with_adapter, expected) <= 1e-4
     assert relative_error(merged, expected) <= 1e-4
     assert relative_error(without, expected) > 1e-2
+
+
+def test_an_adapter_of_some_blocks_acts_in_diffusers_as_here(pair, tmp_path):
+    theirs, ours, kind = pair
+    if kind == "flf2v":
+        pytest.skip("one kind of model is enough")
+    model = Pipeline.load(ours.folder, dtype="float32").dit
+    lora.attach(model, rank=3, alpha=7.0, targets="attention", rngs=nnx.Rngs(0))
+    whole = lora.extract(randomised_adapters(model))
+    layers = {
+        role: replace(adapter, down=adapter.down[1:2], up=adapter.up[1:2], blocks=(1,))
+        for role, adapter in whole.layers.items()
+    }
+    write_comfyui(tmp_path / "c.safetensors", lora.LoRA(layers), np.dtype(np.float32))
+    pipeline = Pipeline.load(
+        ours.folder, dtype="float32", lora=[(open_lora(tmp_path / "c.safetensors"), 1.0)]
+    )
+    given = dit_inputs(model.config)
+    expected = their_velocity(theirs, tmp_path / "c.safetensors", kind, *given)
+    assert relative_error(our_velocity(pipeline.dit, *given), expected) <= 1e-4
+    assert relative_error(our_velocity(ours.dit, *given), expected) > 1e-2
 
 
 def test_a_pipeline_with_some_networks_has_only_those(pair, tmp_path):

@@ -80,8 +80,9 @@ def probe(path: PathLike) -> VideoInfo:
         rate = _rate(times, rate)
     if not rate and not times[-1]:
         raise unreadable(path, "it has a single frame and no rate")
-    # The last frame is shown for as long as the one before it.
-    duration = times[-1] + (times[-1] - times[-2] if len(times) > 1 else 1 / rate)
+    # The last frame is shown for as long as the one before it; but that may stand before a loss.
+    alike = trusted and len(times) > 1
+    duration = times[-1] + (times[-1] - times[-2] if alike else 1 / rate)
     rate = rate or len(times) / duration
     ends = [*(times[n - 1] + 1 / rate for n in breaks[1:]), duration]
     return VideoInfo(

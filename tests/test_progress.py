@@ -22,3 +22,10 @@ def test_a_bar_inside_a_hidden_one_is_shown(capsys):
         bar.advance()
     said = capsys.readouterr().err
     assert "inner" in said and "outer" not in said
+
+
+def test_notes_are_shown_as_they_are(capsys):
+    """Names of films hold brackets, which rich would take for its markup."""
+    with progress_bar("films", 1) as bar:
+        bar.advance(note="a [1080p] [/x]@0")
+    assert "a [1080p] [/x]@0" in capsys.readouterr().err

@@ -256,6 +256,9 @@ def test_sample_refuses(words, match, bench, monkeypatch):
 JOBS = {
     "{": "jobs:1 is not JSON",
     "[1]": "jobs:1 is not a JSON object",
+    '{"out": "a.mp4", "prompt": "a\u2028b\x85c"}\r\n{': "jobs:2 is not JSON",
+    '{"out": "a.mp4", "prompt": "a \\ud83d smile"}': "jobs:1 holds half of a character",
+    '{"out": "a.mp4", "guidance": NaN}': "jobs:1 holds NaN, which is no number",
     '{"out": "a.mp4", "promt": "x"}': "unknown field 'promt'; did you mean 'prompt'",
     '{"out": "a.mp4", "seed": "1"}': "seed='1' is of the wrong kind",
     '{"out": "a.mp4", "frames": null}': "frames=None is of the wrong kind",

@@ -54,7 +54,7 @@ def progress_bar(
         TextColumn("{task.description}"),
         BarColumn(),
         *count,
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -22,6 +22,7 @@ import numpy as np
 
 from convert.stream import Advance, Planned
 from wanjax.errors import UserError
+from wanjax.tensor_files import refuse_pointer
 
 STORAGES: dict[str, np.dtype] = {
     "DoubleStorage": np.dtype(np.float64),
@@ -68,7 +69,9 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
 
 def _not_a_zip(path: Path) -> UserError:
     with path.open("rb") as file:
-        old = file.read(2) == b"\x80\x02"
+        head = file.read(8)
+    refuse_pointer(path, head)
+    old = head.startswith(b"\x80\x02")
     kind = "was saved by a PyTorch before 1.6" if old else "is not a .pth file"
     remedy = "save it again with a newer one" if old else "check its name, or fetch it again"
     return UserError(f"{path} {kind}; {remedy}.")

@@ -238,6 +238,19 @@ def test_links_within_the_checkpoint_and_into_the_hubs_cache_are_followed(folder
     assert not (copied / "tokenizer.json").is_symlink()
 
 
+def test_pointers_in_the_place_of_large_files_are_named(folder, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    with_tokenizer(folder)
+    (folder / "tokenizer/tokenizer.json").write_text(pointer)
+    with pytest.raises(UserError, match=r"tokenizer\.json is a git-lfs pointer.*git lfs pull"):
+        convert_pipeline(folder, tmp_path / "dst")
+    (tmp_path / "src2").mkdir()
+    (tmp_path / "src2/Wan2.1_VAE.pth").write_text(pointer)
+    with pytest.raises(UserError, match=r"VAE\.pth is a git-lfs pointer.*git lfs pull"):
+        convert_pipeline(tmp_path / "src2", tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
 def changed(in_channels, out_channels=16, image_dim=None):
     return replace(ONE, in_channels=in_channels, out_channels=out_channels, image_dim=image_dim)
 

@@ -211,5 +211,5 @@ def require_finite(values: np.ndarray, name: str, where: PathLike) -> None:
     if not np.isfinite(values).all():
         raise UserError(
             f"{where} holds NaN or infinity in '{name}': the run that made it diverged; use an "
-            "earlier checkpoint of it, or another adapter."
+            "earlier checkpoint of it (RUN@STEP), or another adapter."
         )

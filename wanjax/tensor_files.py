@@ -75,10 +75,15 @@ def read_safetensors(path: Path) -> TensorFile:
     return TensorFile(path, tensors, metadata)
 
 
+def refuse_pointer(path: Path, head: bytes) -> None:
+    """Refuse what git leaves in the place of a large file, by its first 8 bytes or more."""
+    if head.startswith(b"version "):
+        raise UserError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull`.")
+
+
 def _read_header(file, path: Path, size: int) -> tuple[dict, int]:
     first = file.read(8)
-    if first.startswith(b"version "):
-        raise UserError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull`.")
+    refuse_pointer(path, first)
     length = int.from_bytes(first, "little")
     if len(first) < 8 or length > _HEADER_LIMIT:
         raise UserError(

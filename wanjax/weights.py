@@ -30,7 +30,12 @@ from wanjax.outputs import whole_folder
 from wanjax.precision import F32, is_coarser
 from wanjax.progress import progress_bar
 from wanjax.sharding import spec
-from wanjax.tensor_files import SafetensorsWriter, drop_pages, read_safetensors
+from wanjax.tensor_files import (
+    SafetensorsWriter,
+    drop_pages,
+    read_safetensors,
+    refuse_pointer,
+)
 from wanjax.text_files import read_text
 from wanjax.types import PathLike
 
@@ -296,8 +301,8 @@ def _write_network(folder: Path, name: str, module: nnx.Module) -> None:
 def copy_tokenizer(source: Path, to: Path, *, within: Path) -> None:
     """Copy a tokenizer's files, those that are known and no others, into the new folder `to`.
 
-    Raises `UserError` for one that is a link out of the checkpoint `within`: what it leads to is
-    not the checkpoint's to give away.
+    Raises `UserError` for a git-lfs pointer, and for a link out of the checkpoint `within`: what it
+    leads to is not the checkpoint's to give away.
     """
     root = within.resolve()
     # In Hugging Face's cache a checkpoint is a folder of links to blobs beside it.
@@ -308,6 +313,8 @@ def copy_tokenizer(source: Path, to: Path, *, within: Path) -> None:
             real = file.resolve()
             if not any(real.is_relative_to(place) for place in (root, *blobs)):
                 raise UserError(f"{file} is a link out of {within}; put the file itself there.")
+            with real.open("rb") as opened:
+                refuse_pointer(file, opened.read(8))
             shutil.copyfile(real, to / file.name)
 
 

@@ -23,6 +23,7 @@ from tests.checkpoints import (
     official_folder,
     random_tensors,
 )
+from tests.scripts import call
 from wanjax import outputs
 from wanjax.errors import UserError
 
@@ -314,6 +315,16 @@ def test_no_room_is_seen_before_anything_is_written(sources, tmp_path, monkeypat
     monkeypatch.setattr(outputs.shutil, "disk_usage", lambda _: Usage)
     args = ("pipeline", sources["official"], tmp_path / "dst")
     refused("needs .* and its disk has .* free; make room", *args, out=tmp_path / "dst")
+
+
+def test_what_may_not_be_looked_into_is_one_line_and_code_2(tmp_path, monkeypatch):
+    def closed(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.glob", closed)
+    (tmp_path / "src").mkdir()
+    said = call("-m", "convert", "pipeline", "src", "dst", cwd=tmp_path, code=2)
+    assert said == "error: src may not be used; change its permissions.\n"
 
 
 def is_written(folder: Path) -> bool:

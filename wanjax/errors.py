@@ -31,7 +31,8 @@ def some(names: Sequence[str], most: int = 3) -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2.
+    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2, and so does
+    any file or folder that may not be used.
 
     Ctrl-C (130) and SIGTERM (143) unwind as an error does, so that nothing half written stays.
     """
@@ -43,6 +44,9 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except PermissionError as error:
+        sys.stderr.write(f"error: {error.filename} may not be used; change its permissions.\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

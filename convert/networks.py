@@ -116,7 +116,7 @@ def refuse_scaled(names: Collection[str], where: str) -> None:
 
 
 def check_types(tensors: Mapping[str, np.ndarray], where: str) -> None:
-    """Refuse codes where weights belong, and warn of weights in 8 bits."""
+    """Refuse codes where weights belong, and warn of fp8."""
     eight = {name: t.dtype for name, t in tensors.items() if t.dtype.itemsize == 1}
     for name, tensor in tensors.items():
         if tensor.dtype.kind in "biuc":
@@ -126,7 +126,7 @@ def check_types(tensors: Mapping[str, np.ndarray], where: str) -> None:
             )
     if eight:
         warnings.warn(
-            f"{where} holds {len(eight):,} of its {len(tensors):,} tensors in 8 bits "
+            f"{where} holds {len(eight):,} of its {len(tensors):,} tensors in fp8 "
             f"({next(iter(eight.values()))}), which keep one or two digits of each weight; use the "
             "bf16, fp16 or fp32 file of the same model, to train on it at least.",
             stacklevel=2,

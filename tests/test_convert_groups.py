@@ -322,7 +322,7 @@ def test_a_base_in_8_bits_is_taken_with_a_warning(tmp_path):
         for name, tensor in dit_tensors().items()
     }
     save_file(eight, tmp_path / "fp8.safetensors")
-    with pytest.warns(UserWarning, match=r"fp8\.safetensors .* tensors in 8 bits"):
+    with pytest.warns(UserWarning, match=r"fp8\.safetensors .* tensors in fp8"):
         convert_pipeline(tmp_path / "fp8.safetensors", tmp_path / "dst", np.dtype(np.float32))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from jaxtyping import UInt8
 
-from configs import EncodeJob, command_line, parse_mesh
+from configs import EncodeJob, check_preset, command_line, parse_mesh
 from wanjax.conditioning import check_size, image_tokens, picture_condition, prepare, size_for
 from wanjax.data.clips import Window, read_dataset, read_windows, refuse_shared, windows
 from wanjax.data.feature_writer import FeatureWriter
@@ -29,7 +29,7 @@ from wanjax.weights import fingerprint
 
 
 def main() -> None:
-    _, job = command_line(lambda preset: preset.encode, __doc__)
+    preset, job = command_line(lambda preset: preset.encode, __doc__)
     shots = read_dataset(job.data, job.default_caption)
     cut = windows(shots, job.frames, job.fps, job.stride, job.skip_short, job.cover_end)
     if not cut:
@@ -43,6 +43,7 @@ def main() -> None:
     pipeline.require("dit", "vae", "text_encoder")
     if pipeline.configs["dit"].image_dim is not None:
         pipeline.require("image_encoder")
+    check_preset(preset, job.checkpoint, pipeline.configs["dit"])
     spec = feature_spec(pipeline, job, height, width)
     encoders = [name for name in pipeline.configs if name != "dit"]
     common = origin(job, encoders, height, width)

@@ -3,24 +3,28 @@
 --lora takes a training run, a native adapter or a ComfyUI file, with an optional strength:
 `--lora runs/film:0.8`. --jobs FILE.jsonl makes many videos with one compilation; each line has
 `out` and any of image, last_image, prompt, negative_prompt, seed, frames, height, width, steps,
-guidance, shift; what it leaves out comes from the command line, and finished videos are skipped.
+guidance, shift, lora; what it leaves out comes from the command line, and finished videos are
+skipped.
 
 What was denoised is written to OUT.latents.safetensors before it is decoded, and goes when the
 video is whole; after an interruption the same command decodes it, and other settings are refused.
 """
 
+import json
 import math
+import secrets
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from configs import SampleJob, command_line, parse_mesh
+from configs import SampleJob, check_preset, command_line, parse_mesh
 from convert.lora import open_lora
+from wanjax import __version__
 from wanjax.conditioning import check_size
 from wanjax.data.video import write_video
 from wanjax.errors import UserError, nearest, run_script
@@ -34,22 +38,24 @@ from wanjax.latents import (
 )
 from wanjax.lora import LoRA
 from wanjax.outputs import require_writable
-from wanjax.pictures import read_picture
+from wanjax.pictures import check_pictures, read_picture
 from wanjax.pipeline import Conditioned, Pipeline
 from wanjax.precision import parse_dtype
-from wanjax.solvers import make_schedule
+from wanjax.solvers import check_seed, make_schedule
 from wanjax.text_files import read_objects
 from wanjax.weights import fingerprint
 
 PER_VIDEO = frozenset(
     ["image", "last_image", "prompt", "negative_prompt", "out", "seed", "frames"]
-    + ["height", "width", "steps", "guidance", "shift", "solver"]
+    + ["height", "width", "steps", "guidance", "shift", "solver", "lora"]
 )
-MAKES_LATENTS = PER_VIDEO - {"out"} | {"area", "sigmas", "preprocess"}
+MAKES_LATENTS = PER_VIDEO - {"out", "lora"} | {"area", "sigmas", "preprocess"}
+
+NOT_IN_A_VIDEO = frozenset(["out", "jobs", "mesh", "residency"])  # where it is made, and goes
 
 
 def main() -> None:
-    _, job = command_line(lambda preset: preset.sample, __doc__)
+    preset, job = command_line(lambda preset: preset.sample, __doc__)
     wanted = requests(job)
     videos = [video for video in wanted if not video.out.exists()]
     if len(videos) < len(wanted):
@@ -59,18 +65,37 @@ def main() -> None:
             latents_path(video.out).unlink(missing_ok=True)  # of a run killed at its very end
     for video in videos:
         check(video)
+    videos = [with_seed(video) for video in videos]
+    groups: dict[tuple[str, ...], list[SampleJob]] = {}
+    for video in videos:
+        groups.setdefault(video.lora, []).append(video)
+    ready = [(open_pipeline(preset, job, lora, group), group) for lora, group in groups.items()]
+    while ready:
+        make(*ready.pop(0))  # with its adapters a pipeline goes, and its weights leave the device
+
+
+def open_pipeline(
+    preset: str, job: SampleJob, lora: Sequence[str], videos: Sequence[SampleJob]
+) -> Pipeline:
+    """The model with these adapters; refuses, before weights are read, what it cannot make."""
     pipeline = Pipeline(
         job.checkpoint,
         dtype=parse_dtype(job.dtype),
         residual=job.residual,
-        loras=[read_adapter(text) for text in job.lora],
+        loras=[read_adapter(text) for text in lora],
         mesh=parse_mesh(job.mesh),
         residency=job.residency,
         branches=job.branches,
     )
+    pipeline.require("dit", "vae", "text_encoder")
+    config = pipeline.configs["dit"]
+    if config.image_dim is not None:
+        pipeline.require("image_encoder")
+    check_preset(preset, job.checkpoint, config)
     for video in videos:
         pipeline.check_guidance(video.guidance)
-    make(pipeline, videos)
+        check_pictures(config, job.checkpoint, video.image, video.last_image)
+    return pipeline
 
 
 def make(pipeline: Pipeline, videos: list[SampleJob]) -> None:
@@ -151,7 +176,7 @@ def finish(pipeline: Pipeline, video: SampleJob, latents: Latents) -> None:
     """Decode and write the video; then its latents are no longer needed."""
     frames, kept = pipeline.decode(latents), latents_path(video.out)
     try:
-        write_video(video.out, frames, fps=video.fps)
+        write_video(video.out, frames, fps=video.fps, comment=made_from(video))
     except UserError as error:
         if not kept.exists():
             raise
@@ -162,6 +187,13 @@ def finish(pipeline: Pipeline, video: SampleJob, latents: Latents) -> None:
     kept.unlink(missing_ok=True)
     count, height, width = frames.shape[:3]
     sys.stderr.write(f"{video.out}: {count} frames, {width}x{height}\n")
+
+
+def made_from(video: SampleJob) -> str:
+    """What a video was made from, as JSON: every setting of its request, with the paths."""
+    settings = {f.name: getattr(video, f.name) for f in fields(video)} | {"wanjax": __version__}
+    settings = {k: v for k, v in settings.items() if v is not None and k not in NOT_IN_A_VIDEO}
+    return json.dumps(settings, default=str, ensure_ascii=False)
 
 
 def requests(job: SampleJob) -> list[SampleJob]:
@@ -184,8 +216,20 @@ def check(video: SampleJob) -> None:
     check_size(video.frames, video.height or 16, video.width or 16)
     if video.fps < 1:
         raise UserError(f"{video.out} cannot have fps={video.fps}; use 1 or more (Wan has 16).")
-    if not 0 <= video.seed < 1 << 32:
-        raise UserError(f"seed={video.seed} is not from 0 to {(1 << 32) - 1}; choose another.")
+    if video.seed != -1:
+        check_seed(video.seed)
+    for picture in (video.image, video.last_image):
+        if picture is not None:
+            read_picture(picture)
+
+
+def with_seed(video: SampleJob) -> SampleJob:
+    """A seed of -1 becomes one that is drawn, and said."""
+    if video.seed != -1:
+        return video
+    seed = secrets.randbits(32)
+    sys.stderr.write(f"{video.out}: drew --seed {seed}\n")
+    return replace(video, seed=seed)
 
 
 def read_jobs(job: SampleJob) -> list[SampleJob]:
@@ -209,13 +253,18 @@ def parse_job(given: dict[str, Any], where: str) -> dict[str, Any]:
         if not _is_of(value, str(kinds[name])):
             raise UserError(f"{where}: {name}={value!r} is of the wrong kind; see --help.")
     paths = ("image", "last_image", "out")
-    return {k: Path(v) if k in paths and v is not None else v for k, v in given.items()}
+    made = {k: Path(v) for k, v in given.items() if k in paths and v is not None}
+    if "lora" in given:
+        made["lora"] = (given["lora"],) if isinstance(given["lora"], str) else tuple(given["lora"])
+    return given | made
 
 
 def _is_of(value: object, annotation: str) -> bool:
     """Whether a JSON value can stand for a field annotated so, such as `int | None`."""
     if value is None or isinstance(value, bool):
         return value is None and "None" in annotation
+    if "tuple" in annotation:
+        return all(isinstance(v, str) for v in (value if isinstance(value, list) else [value]))
     kinds = (int, float) if "float" in annotation else (int,) if "int" in annotation else (str,)
     return isinstance(value, kinds)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from grain import DatasetIterator
 from jax.sharding import Mesh
 
-from configs import TrainJob, command_line, parse_mesh
+from configs import TrainJob, check_preset, command_line, parse_mesh
 from wanjax import lora
 from wanjax.checkpoint import (
     RUN_FILE,
@@ -55,7 +55,7 @@ def main() -> None:
     check_config(job.settings, mesh)
     features = Features.open(job.features)
     check_belongs(features, job)
-    check_model(job, mesh)
+    check_model(preset, job, mesh)
     if job.settings.validate_every:
         features.source("validation")  # or a sentence, now and not at the first validation
     loader = make_loader(
@@ -163,9 +163,10 @@ def outcome(job: TrainJob) -> str:
     )
 
 
-def check_model(job: TrainJob, mesh: Mesh | None) -> None:
-    """Refuse, before weights are read, targets and a mesh that are not for this model."""
+def check_model(preset: str, job: TrainJob, mesh: Mesh | None) -> None:
+    """Refuse, before weights are read, a preset, targets and a mesh that are not for this model."""
     config = read_config(job.checkpoint)["dit"]
+    check_preset(preset, job.checkpoint, config)
     if job.settings.train == "lora":
         lora.select(abstract_network("dit", config, jnp.bfloat16), job.settings.targets)
     if mesh is not None:

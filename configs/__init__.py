@@ -7,7 +7,7 @@ checkpoint's own config.
 
 from configs.command_line import command_line, parse_mesh
 from configs.jobs import EncodeJob, SampleJob, TrainJob
-from configs.presets import PRESETS, Preset
+from configs.presets import PRESETS, Preset, check_preset
 
 __all__ = [
     "PRESETS",
@@ -15,6 +15,7 @@ __all__ = [
     "Preset",
     "SampleJob",
     "TrainJob",
+    "check_preset",
     "command_line",
     "parse_mesh",
 ]

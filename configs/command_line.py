@@ -37,10 +37,17 @@ def command_line(
     if name not in PRESETS:
         raise UserError(f"There is no preset '{name}'{nearest(name, PRESETS)}")
     job = job_of(PRESETS[name])
-    options = _joined(options, dict(_options(job)), _texts(job))
-    if not {"-h", "--help"} & set(options):
-        _check_names(options, dict(_options(job)))
-    return name, _parse(job, options, description)
+    known = dict(_options(job))
+    stray, given = _grouped(options, known, _texts(job))
+    if {"-h", "--help"} & set(options):
+        return name, _parse(job, options, description)
+    _check_names(given, known)
+    words = [word for option, values in given.items() for word in _words(option, values)]
+    job = _parse(job, [*stray, *words], description)
+    for option, reason in job.unread().items():
+        if option in given:
+            raise UserError(f"{option} says nothing with {reason}; leave one of them out.")
+    return name, job
 
 
 def _options(job: Any) -> Iterator[tuple[str, Any]]:
@@ -62,21 +69,47 @@ def _texts(job: Any) -> set[str]:
     }
 
 
-def _joined(words: Sequence[str], options: Mapping[str, Any], texts: AbstractSet[str]) -> list[str]:
-    """The words with `--prompt "-a dash"` as one, lest the text be taken for an option."""
-    joined: list[str] = []
+def _grouped(
+    words: Sequence[str], known: Mapping[str, Any], texts: AbstractSet[str]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The words before all options, and those of each option.
+
+    `--prompt "-a dash"` is a text and no option. A switch may stand alone, or as `--no-SWITCH`. An
+    option that takes a list may be given again, which adds to it; any other is refused.
+    """
+    stray: list[str] = []
+    given: dict[str, list[str]] = {}
+    values = stray
+    last = ""
     for word in words:
-        before = joined[-1].replace("_", "-") if joined else ""
-        option = word.partition("=")[0].replace("_", "-")
-        if before in texts and word.startswith("-") and option not in options:
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined
+        option, equals, value = word.partition("=")
+        option = option.replace("_", "-")
+        is_text = last in texts and not values and option not in known
+        if is_text or not word.startswith("--"):
+            values.append(word)
+            continue
+        if not (equals or option in known) and isinstance(known.get(_switched_on(option)), bool):
+            option, equals, value = _switched_on(option), "=", "False"
+        if option in given and not isinstance(known.get(option), tuple):
+            raise UserError(f"{option} is given twice; leave one of them out.")
+        last, values = option, given.setdefault(option, [])
+        values += [value] if equals else []
+    for option, values in given.items():
+        if isinstance(known.get(option), bool) and not values:
+            values.append("True")
+    return stray, given
 
 
-def _check_names(words: Sequence[str], options: Mapping[str, Any]) -> None:
-    given = [word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+def _switched_on(option: str) -> str:
+    """`--remat` for `--no-remat`."""
+    return "--" + option.removeprefix("--no-") if option.startswith("--no-") else option
+
+
+def _words(option: str, values: Sequence[str]) -> list[str]:
+    return [f"{option}={values[0]}"] if len(values) == 1 else [option, *values]
+
+
+def _check_names(given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     for option in given:
         if option not in options:
             raise UserError(f"There is no option '{option}'{nearest(option, options)}")

@@ -48,6 +48,10 @@ class EncodeJob:
     mesh: str | None = None
     """Devices, such as data=2,ulysses=4; none means one device."""
 
+    def unread(self) -> dict[str, str]:
+        """Options that say nothing, each with what makes them so."""
+        return {} if self.height is None else {"--area": "--height"}
+
 
 @dataclass(frozen=True)
 class TrainJob:
@@ -62,6 +66,11 @@ class TrainJob:
     mesh: str | None = None
     """Devices, such as data=2,ring=1,ulysses=4; all on one device when left out."""
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+    def unread(self) -> dict[str, str]:
+        """Options that say nothing, each with what makes them so."""
+        of_adapters = ("--rank", "--alpha", "--targets", "--dtype")
+        return dict.fromkeys(of_adapters, "--train full") if self.settings.train == "full" else {}
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ class SampleJob:
     sigmas: tuple[float, ...] | None = None
     """An explicit schedule of N+1 values that falls to 0, in place of steps and shift."""
     seed: int = 0
-    """Of the initial noise."""
+    """Of the initial noise, up to 64 bits; -1 draws one and says which."""
     preprocess: Literal["official", "diffusers"] = "official"
     """How the picture becomes the encoders' input; as in encode.py."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -121,3 +130,10 @@ class SampleJob:
     residency: Literal["auto", "stay", "host", "disk"] = "auto"
     """What networks do that a phase does not need. auto: they stay where all fit in half of the
     device's memory, else wait in the host's, or are read again; stay, host, disk: always so."""
+
+    def unread(self) -> dict[str, str]:
+        """Options that say nothing, each with what makes them so."""
+        found = {} if self.height is None else {"--area": "--height"}
+        if self.sigmas is not None:
+            found |= dict.fromkeys(("--steps", "--shift"), "--sigmas")
+        return found

@@ -109,10 +109,10 @@ def dit_from_official(data: Json, shapes: Shapes) -> DiTConfig:
     fields = _fields(DiTConfig, data, _OFFICIAL, where, optional=_OFFICIAL)
     inferred = infer_dit(shapes, heads=fields["num_heads"])
     config = DiTConfig(**{**vars(inferred), **fields})
-    if data.get("model_type", model_type(config)) != model_type(config):
+    if data.get("model_type", config.kind) != config.kind:
         raise UserError(
             f"{where} says that this is an {data['model_type']} model, and by its tensors "
-            f"('img_emb.proj.0.weight' and its like) it is {model_type(config)}; use a whole "
+            f"('img_emb.proj.0.weight' and its like) it is {config.kind}; use a whole "
             "Wan2.1 checkpoint (Wan2.2 is another model)."
         )
     return config
@@ -205,13 +205,6 @@ def _unsupported(where: str, name: str, value: object) -> UserError:
     )
 
 
-def model_type(config: DiTConfig) -> str:
-    """What the official code calls this kind of model."""
-    if config.image_dim is None:
-        return "t2v"
-    return "i2v" if config.image_positions is None else "flf2v"
-
-
 def dit_to_official(config: DiTConfig) -> dict[str, object]:
     """As on the hub, which leaves out what has its default value."""
     data = {theirs: getattr(config, ours) for theirs, ours in _OFFICIAL.items()}
@@ -219,7 +212,7 @@ def dit_to_official(config: DiTConfig) -> dict[str, object]:
         if data[name] == getattr(DiTConfig(), name):
             del data[name]
     kind = {"_class_name": "WanModel", "_diffusers_version": "0.30.0"}
-    return dict(sorted({**kind, **data, "model_type": model_type(config)}.items()))
+    return dict(sorted({**kind, **data, "model_type": config.kind}.items()))
 
 
 def to_diffusers(network: str, config: Config, dtype: str = "float32") -> dict[str, object]:

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from convert.configs import model_type
 from convert.groups import Group, find_groups, read_group, read_json
 from convert.mapping import leaf_shapes, native_plan
 from convert.networks import TABLES, layers, recognise
@@ -105,7 +104,7 @@ def _size(group: Group) -> Lines:
 
 
 def _config(config: Config) -> Lines:
-    kind = [("model", model_type(config))] if isinstance(config, DiTConfig) else []
+    kind = [("model", config.kind)] if isinstance(config, DiTConfig) else []
     fields = {k: v for k, v in dataclasses.asdict(config).items() if not k.startswith("latents_")}
     return [*kind, ("config", ", ".join(f"{name}={value}" for name, value in fields.items()))]
 

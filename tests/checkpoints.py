@@ -61,7 +61,6 @@ def random_tensors(network: str, layout: str, config=None, seed: int = 0) -> dic
 
 def hub_config(config: DiTConfig = DIT) -> dict:
     """The `config.json` of an official folder, with the keys that the hub's has."""
-    kind = "t2v" if config.image_dim is None else "flf2v" if config.image_positions else "i2v"
     return {
         "_class_name": "WanModel",
         "_diffusers_version": "0.30.0",
@@ -70,7 +69,7 @@ def hub_config(config: DiTConfig = DIT) -> dict:
         "ffn_dim": config.ffn_dim,
         "freq_dim": config.freq_dim,
         "in_dim": config.in_channels,
-        "model_type": kind,
+        "model_type": config.kind,
         "num_heads": config.num_heads,
         "num_layers": config.num_layers,
         "out_dim": 16,

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -84,6 +84,17 @@ def _as_a_process() -> Iterator[None]:
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
+def last_said(words: Sequence[object]) -> list[str]:
+    """A command whose options are given once: what was said last of each."""
+    given: dict[str, list[str]] = {}
+    for word in map(str, words):
+        if word.startswith("--"):
+            given.pop(word, None)
+        option = word if word.startswith("--") or not given else [*given][-1]
+        given.setdefault(option, []).append(word)
+    return [word for words in given.values() for word in words]
 
 
 def write_world(folder: Path) -> None:

@@ -1,9 +1,14 @@
 """The command line over the presets: what is text and what is an option."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from configs import command_line
+from configs import PRESETS, check_preset, command_line
 from wanjax.errors import UserError
+from wanjax.models.presets import ARCHITECTURES
+from wanjax.pictures import choose_size
 
 WORDS = ["nano", "--checkpoint", "c"]
 
@@ -25,3 +30,78 @@ def test_an_option_is_no_prompt():
         sampled("--prompt", "--seed", "3")
     with pytest.raises(UserError, match="no option '--sed'; did you mean '--seed'"):
         sampled("--prompt", "a", "--sed", "3")
+
+
+def encoded(*words):
+    given = [*WORDS, "--data", "d", "--out", "o", *words]
+    return command_line(lambda preset: preset.encode, "", given)[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--skip-short"], True),
+        (["--skip_short", "--fps", "8"], True),
+        (["--skip-short", "True"], True),
+        (["--skip-short=False"], False),
+        (["--no-skip-short"], False),
+        (["--no_skip_short"], False),
+        ([], False),
+    ],
+)
+def test_a_switch_stands_alone_or_with_a_value_or_as_no(words, value):
+    assert encoded(*words).skip_short is value
+
+
+def test_what_is_no_switch_has_no_no():
+    with pytest.raises(UserError, match="no option '--no-fps'"):
+        encoded("--no-fps")
+    with pytest.raises(UserError, match="'perhaps' is no --skip-short"):
+        encoded("--skip-short", "perhaps")
+
+
+def test_lists_add_up_and_all_else_is_given_once():
+    assert sampled("--lora", "a", "--lora", "b:0.5", "c").lora == ("a", "b:0.5", "c")
+    assert sampled("--lora=a", "--seed", "3", "--lora=b").lora == ("a", "b")
+    for words in (["--seed", "1", "--seed", "1"], ["--prompt", "a", "--prompt=b"]):
+        with pytest.raises(UserError, match=f"{words[0]} is given twice"):
+            sampled(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "other"),
+    [
+        (["--sigmas", "1", "0", "--steps", "1"], "--steps", "--sigmas"),
+        (["--height", "32", "--width", "32", "--area", "1024"], "--area", "--height"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(words, option, other):
+    with pytest.raises(UserError, match=f"{option} says nothing with {other}; leave one"):
+        sampled(*words)
+
+
+def test_presets_are_for_their_kind_and_size():
+    kinds = {name: networks["dit"] for name, networks in ARCHITECTURES.items()}
+    for name, config in kinds.items():
+        check_preset(name, Path("c"), config)
+    for name, other in (
+        ("i2v_14b_480p", "t2v_14b"),
+        ("t2v_14b", "i2v_14b_720p"),
+        ("flf2v_14b_720p", "i2v_14b_480p"),
+        ("t2v_1_3b", "t2v_14b"),
+        ("nano", "i2v_14b_720p"),
+        ("i2v_14b_480p", "nano"),
+    ):
+        with pytest.raises(UserError, match=f"preset {name} is for .* c holds .* use .*{other}"):
+            check_preset(name, Path("c"), kinds[other])
+    unknown = replace(kinds["i2v_14b_480p"], dim=640)
+    check_preset("i2v_14b_480p", Path("c"), unknown)
+    check_preset("nano", Path("c"), unknown)
+    with pytest.raises(UserError, match="t2v_14b"):
+        check_preset("t2v_14b", Path("c"), unknown)
+
+
+def test_text_to_video_has_the_sizes_of_wan():
+    for name, size in (("t2v_1_3b", (480, 832)), ("t2v_14b", (720, 1280))):
+        assert choose_size(None, None, PRESETS[name].sample.area, ()) == size
+    assert PRESETS["flf2v_14b_720p"].train.settings.shift == 5

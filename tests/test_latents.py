@@ -9,7 +9,7 @@ import pytest
 
 import sample
 from configs import SampleJob
-from tests.scripts import SIZE, ended, film, run, start, stop_when
+from tests.scripts import SIZE, ended, film, last_said, run, start, stop_when
 from wanjax.errors import UserError
 from wanjax.latents import latents_path, read_latents, write_latents
 from wanjax.tensor_files import read_safetensors
@@ -61,8 +61,7 @@ def test_killed_while_it_decodes(world, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(sample.Pipeline, "_network", lambda *_: pytest.fail("loaded a network"))
     changed = {"seed": 5, "steps": 3, "guidance": 2.0, "prompt": "sun", "dtype": "bfloat16"}
     for name, value in changed.items():
-        command = map(str, words(out, f"--{name}", value))
-        monkeypatch.setattr("sys.argv", list(command))
+        monkeypatch.setattr("sys.argv", last_said(words(out, f"--{name}", value)))
         with pytest.raises(UserError, match=f"was denoised with {name}=.*remove that file"):
             sample.main()
     assert kept.read_bytes() == before

@@ -5,6 +5,7 @@ four there is a result here (for train.py in test_scripts_resume.py) that was ma
 """
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -185,6 +186,29 @@ def test_jobs_are_resumed_and_the_denoiser_is_compiled_once(world, trained, tmp_
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
     assert np.std(read_video(first)[0]) > 1
+
+
+def test_jobs_have_adapters_and_seeds_of_their_own(world, trained, tmp_path):
+    lines = [
+        {"out": f"{tmp_path}/plain.mp4", "lora": []},
+        {"out": f"{tmp_path}/run.mp4"},
+        {"out": f"{tmp_path}/weak.mp4", "lora": "run@4:0.5", "seed": -1},
+    ]
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text("\n".join(map(json.dumps, lines)))
+    words = ("sample.py", "nano", "--checkpoint", "ck", "--image", "picture.png", "--steps", 1)
+    words += ("--prompt", PROMPT, "--lora", "run", *SIZE, "--jobs", jobs)
+    said = call(*words, cwd=world)
+    drawn = re.search(r"weak.mp4: drew --seed (\d+)", said)[1]
+    made = {}
+    for name in ("plain", "run", "weak"):
+        with av.open(str(tmp_path / f"{name}.mp4")) as container:
+            made[name] = json.loads(container.metadata["comment"])
+    assert [m["lora"] for m in made.values()] == [[], ["run"], ["run@4:0.5"]]
+    assert made["weak"]["seed"] == int(drawn) and made["run"]["seed"] == 0
+    assert made["run"]["image"] == "picture.png" and made["run"]["prompt"] == PROMPT
+    frames = [read_video(tmp_path / f"{name}.mp4")[0] for name in made]
+    assert (frames[0] != frames[1]).any() and (frames[1] != frames[2]).any()
 
 
 def test_an_adapter_is_the_same_as_run_native_and_comfyui_file(world, trained, tmp_path):

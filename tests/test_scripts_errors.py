@@ -19,7 +19,7 @@ import pytest
 import encode
 import sample
 import train
-from tests.scripts import SIZE, call, ended, film, listing, run, start, write_checkpoint
+from tests.scripts import SIZE, call, ended, film, last_said, listing, run, start, write_checkpoint
 from wanjax.checkpoint import latest_step
 from wanjax.data.video import write_video
 from wanjax.errors import UserError
@@ -43,8 +43,9 @@ def bench(world, features, trained, tmp_path, monkeypatch) -> Path:
 
 
 def refused(script, *words: object, monkeypatch) -> str:
-    """The sentence with which a script refuses; nothing in the working folder changes."""
-    monkeypatch.setattr("sys.argv", [script.__name__, *map(str, words)])
+    """The sentence with which a script refuses; nothing in the working folder changes. What is
+    given later of an option takes the place of what was."""
+    monkeypatch.setattr("sys.argv", last_said((script.__name__, *words)))
     before = listing(Path())
     with pytest.raises(UserError) as error:
         script.main()
@@ -190,6 +191,10 @@ TRAIN = {
     "not a number": (("--steps", "many"), "--steps.*'many'"),
     "option": (("--learning-rte", 1), "no option '--learning-rte'; did you mean '--learning-rate'"),
     "steps below the run's": (("--run", "run", *TINY, "--steps", 1), "run has . steps.*run@STEP"),
+    "rank of all weights": (
+        ("--train", "full", "--rank", 2),
+        "--rank says nothing with --train full",
+    ),
     "stray word": (("--steps", 3, "4"), "[Uu]nrecogni[sz]ed.* 4"),
 }
 
@@ -230,7 +235,9 @@ SAMPLE = {
     "steps": (("--steps", 0), "steps=0 is not a number of steps; use 1"),
     "shift": (("--shift", 0), "shift=0 is not a positive"),
     "sigmas": (("--sigmas", 1, 0.5), "sigmas must be .* fall strictly to 0"),
-    "seed": (("--seed", -1), "seed=-1 is not from 0"),
+    "seed": (("--seed", -2), "seed=-2 is not from 0 to 18446744073709551615"),
+    "area beside height": (("--area", 4096), "--area says nothing with --height; leave one"),
+    "image of a job": (("--jobs", "jobs.jsonl"), "no picture nowhere.png"),
     "rate": (("--fps", 0), "fps=0; use 1"),
     "out left out": (("--out", "None"), "Say where the video goes"),
     "out exists": (("--out", "clips/c0.mp4"), "clips/c0.mp4 exists already; remove it"),
@@ -248,6 +255,7 @@ SAMPLE = {
 
 @pytest.mark.parametrize(("words", "match"), SAMPLE.values(), ids=SAMPLE)
 def test_sample_refuses(words, match, bench, monkeypatch):
+    Path("jobs.jsonl").write_text('{"out": "a.mp4"}\n{"out": "b.mp4", "image": "nowhere.png"}')
     good = ("nano", *CK, *PICTURE, "--out", "o.mp4", *SIZE)
     message = refused(sample, *good, *words, monkeypatch=monkeypatch)
     assert re.search(match, message), message

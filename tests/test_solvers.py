@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wanjax.errors import UserError
-from wanjax.solvers import Coefficients, initial_state, make_schedule, step
+from wanjax.solvers import Coefficients, initial_noise, initial_state, make_schedule, step
 
 UNIPC_40_5 = (
     "999,994,989,983,978,972,965,959,952,944,937,929,920,911,902,892,882,870,859,846,833,818,803,"
@@ -164,3 +164,14 @@ def test_scan_equals_loop():
     for i in range(6):
         state = step(state, gaussian_velocity(state.x, schedule.timesteps[i]), schedule.row(i))
     np.testing.assert_allclose(state.x, solve(gaussian_velocity, x, schedule), rtol=1e-5)
+
+
+def test_every_bit_of_a_seed_counts():
+    noise = lambda seed: np.asarray(initial_noise((1, 2, 2, 4), None, seed))  # noqa: E731
+    seeds = (0, 1, (1 << 32) - 1, 1 << 32, (1 << 32) + 1, 1 << 63, (1 << 64) - 1)
+    assert len({noise(seed).tobytes() for seed in seeds}) == len(seeds)
+    short = jax.random.normal(jax.random.key(7), (1, 1, 2, 2, 4))
+    np.testing.assert_array_equal(noise(7), short)
+    for seed in (-1, 1 << 64):
+        with pytest.raises(UserError, match=f"seed={seed} is not from 0"):
+            noise(seed)

@@ -197,4 +197,6 @@ def choose_size(
         raise UserError("Give both height and width, or neither (the picture's aspect decides).")
     if height is not None:
         return height, width
+    if not pictures and area == 480 * 832:
+        return 480, 832  # Wan's own, which is not quite 9:16
     return size_for(*(pictures[0].shape[:2] if pictures else (9, 16)), area)

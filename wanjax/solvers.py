@@ -66,13 +66,27 @@ class State(NamedTuple):
 def initial_noise(
     shape: tuple[int, ...], given: Float[np.ndarray, "..."] | None, seed: int
 ) -> Float[Array, "1 t h w C"]:
-    """The noise of `seed`, or the given one, which must be of this shape."""
+    """The noise of `seed` (0 to 2^64-1), or the given one, which must be of this shape."""
     if given is None:
-        return jax.random.normal(jax.random.key(seed), (1, *shape), jnp.float32)
+        return jax.random.normal(_key(seed), (1, *shape), jnp.float32)
     noise = jnp.array(given, jnp.float32)  # a copy: the denoise step consumes its state
     if noise.shape not in (shape, (1, *shape)):
         raise UserError(f"noise has the shape {noise.shape} and this video needs {shape}.")
     return noise.reshape(1, *shape)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what is no seed."""
+    if not 0 <= seed < 1 << 64:
+        raise UserError(f"seed={seed} is not from 0 to {(1 << 64) - 1}; choose another.")
+
+
+def _key(seed: int) -> Array:
+    """JAX's seeds have 32 bits: the upper ones of a longer seed are folded in."""
+    check_seed(seed)
+    low, high = seed % (1 << 32), seed >> 32
+    key = jax.random.key(low)
+    return jax.random.fold_in(key, high) if high else key
 
 
 def initial_state(noise: Float[Array, "..."]) -> State:

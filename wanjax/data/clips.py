@@ -358,5 +358,5 @@ def _too_short(shot: Shot, available: int, frames: int, fps: float | int) -> str
     remedy = f"use --frames {(available - 1) // 4 * 4 + 1} or fewer, or" if available else "use"
     return (
         f"{shot} has {available} frames at {fps:g} fps and a window needs {frames}; "
-        f"{remedy} a longer clip (--skip-short True leaves it out)."
+        f"{remedy} a longer clip (--skip-short leaves it out)."
     )

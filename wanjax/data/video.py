@@ -103,10 +103,12 @@ def write_video(
     path: PathLike,
     frames: UInt8[np.ndarray, "T H W 3"] | Float[np.ndarray, "T H W 3"],
     fps: float | int = 16,
+    comment: str = "",
 ) -> None:
     """An MP4 that plays everywhere: H.264, yuv420p, BT.709, quality crf 17, index in front.
 
-    `frames` are uint8, or floats in [0, 1]. The file appears when it is whole. Raises `UserError`
+    `frames` are uint8, or floats in [0, 1]; `comment` is put into the file's tag of that name. The
+    file appears when it is whole. Raises `UserError`
     for odd sizes, NaN, another suffix than .mp4, or a disk that does not take it.
     """
     path = Path(path)
@@ -124,6 +126,7 @@ def write_video(
     with whole_file(path, replace=True) as partial:
         options = {"movflags": "+faststart"}
         with av.open(str(partial), "w", format="mp4", container_options=options) as container:
+            container.metadata["comment"] = comment
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10**5))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             # With its macroblock tree x264 makes now one file and now another of small pictures.

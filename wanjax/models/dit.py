@@ -73,6 +73,13 @@ class DiTConfig:
     def head_size(self) -> int:
         return self.dim // self.num_heads
 
+    @property
+    def kind(self) -> str:
+        """What the official code calls this kind of model: t2v, i2v or flf2v."""
+        if self.image_dim is None:
+            return "t2v"
+        return "i2v" if self.image_positions is None else "flf2v"
+
 
 class Mlp(nnx.Module):
     """`down(gelu(up(x)))`, the tanh approximation of GELU."""

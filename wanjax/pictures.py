@@ -112,7 +112,7 @@ def _readable(name: str) -> Iterator[None]:
 def _pixels(image: Image.Image, name: str) -> np.ndarray:
     """A PIL image upright and in sRGB, as an array that `_rgb` takes."""
     image.load()
-    turn = _orientation(image)
+    turn = _turn(image)
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -120,13 +120,13 @@ def _pixels(image: Image.Image, name: str) -> np.ndarray:
         image = Image.fromarray(values.astype(np.uint16))
     elif image.mode != "F":
         image = _in_srgb(image)
-    return np.asarray(image.transpose(_TURNS[turn]) if turn in _TURNS else image)
+    return np.asarray(image if turn is None else image.transpose(turn))
 
 
-def _orientation(image: Image.Image) -> object:
-    """The EXIF tag, whatever is in it; None where EXIF is junk."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What brings the picture upright; None for nothing, or where EXIF is junk."""
     try:
-        return image.getexif().get(ORIENTATION)
+        return _TURNS.get(image.getexif().get(ORIENTATION))
     except Exception:  # junk may be junk in any way
         return None
 

@@ -309,13 +309,14 @@ def refuse_shared(shots: Iterable[Shot], films: Mapping[Path, Hashable]) -> None
 def _captioned(shots: Sequence[Shot], listing: Path, default: str | None) -> list[Shot]:
     """Each shot with its own caption, the one beside its film, or the default."""
     captions = [shot.caption.strip() or _caption_beside(shot.file) or default for shot in shots]
-    missing = [str(shot) for shot, caption in zip(shots, captions) if not caption]
+    missing = [shot for shot, caption in zip(shots, captions) if not caption]
     if missing:
-        beside = shots[captions.index(next(c for c in captions if not c))].file.with_suffix(".txt")
+        names = [str(shot) for shot in missing]
         line = f' or a "caption" in {listing}' if listing.is_file() else ""
         raise UserError(
-            f"{some(missing)} {'has' if len(missing) == 1 else 'have'} no caption; write one into "
-            f"{beside}{line}, or give all that have none a --default-caption."
+            f"{some(names)} {'has' if len(names) == 1 else 'have'} no caption; write one into "
+            f"{missing[0].file.with_suffix('.txt')}{line}, or give all that have none a "
+            "--default-caption."
         )
     return [replace(shot, caption=caption) for shot, caption in zip(shots, captions)]
 

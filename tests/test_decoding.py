@@ -89,7 +89,9 @@ def test_one_timeline(raw, times):
 
 @pytest.mark.parametrize("suffix", ["mkv", "mp4", "ts", "avi"])
 @pytest.mark.parametrize("cut", [1, 7, 25])
-def test_a_film_that_begins_between_key_frames(tmp_path, suffix, cut):
+@pytest.mark.parametrize("open_gop", [0, 1])
+def test_a_film_that_begins_between_key_frames(tmp_path, monkeypatch, suffix, cut, open_gop):
+    monkeypatch.setitem(FAITHFUL, "x264-params", f"open-gop={open_gop}")
     whole = steady(tmp_path / f"a.{suffix}")
     path = remuxed(whole, tmp_path / f"b.{suffix}", cut)
     key = -(-cut // 20) * 20

@@ -76,7 +76,7 @@ def probe(path: PathLike) -> VideoInfo:
         origin, breaks = seconds[0], [0]
         times = [time - origin for time in seconds]
     else:
-        origin, times, breaks = _decode_times(path)
+        origin, times, breaks = _decode_times(path, packets.step)
         rate = _rate(times, rate)
     if not rate and not times[-1]:
         raise unreadable(path, "it has a single frame and no rate")
@@ -109,10 +109,12 @@ def digest(path: PathLike) -> str:
 
 @dataclass(frozen=True)
 class _Packets:
-    """`shown`: times of the packets to be shown, ascending, in units of the stream's time base."""
+    """`shown`: times of the packets to be shown, ascending, in units of the stream's time base.
+    `step`: seconds from packet to packet, where the container tells when they are decoded alone."""
 
     shown: list[int]
     trusted: bool
+    step: float | None
 
 
 def _scan(container: av.container.InputContainer, stream: av.VideoStream, path: Path) -> _Packets:
@@ -139,13 +141,16 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream, path: 
     if not broken_off:
         _check_whole(path, container, stream, end)
     shown = sorted(times)
-    # AVI has no presentation times: where frames are reordered, those that FFmpeg guesses are not.
-    guessed = stream.codec_context.has_b_frames and shown == times
+    # AVI has no presentation times, and what FFmpeg guesses is wrong where frames are reordered.
+    guessed = (
+        container.format.name == "avi" and stream.codec_context.has_b_frames and len(decoding) > 1
+    )
+    step = float(np.median(np.diff(decoding)) * stream.time_base) if guessed else None
     ascending = all(a <= b for a, b in pairwise(decoding)) and all(
         a < b for a, b in pairwise(shown)
     )
     jumps = broken_off and any((b - a) * stream.time_base > JUMP for a, b in pairwise(shown))
-    return _Packets(shown, bool(sound and times and ascending and not guessed and not jumps))
+    return _Packets(shown, bool(sound and times and ascending and not guessed and not jumps), step)
 
 
 def _check_whole(
@@ -160,9 +165,9 @@ def _check_whole(
         raise unreadable(path, f"it is cut off at {end:.1f} of {declared:.1f} s")
 
 
-def _decode_times(path: Path) -> tuple[float, list[float], list[int]]:
+def _decode_times(path: Path, step: float | None) -> tuple[float, list[float], list[int]]:
     """The first frame's own time, every frame's time since then, and the numbers of the frames with
-    which a stretch without a loss begins."""
+    which a stretch without a loss begins. With `step` their own times are but guesses."""
     raw: list[float | None] = []
     breaks = [0]
     with opened(path) as (container, stream):
@@ -172,6 +177,8 @@ def _decode_times(path: Path) -> tuple[float, list[float], list[int]]:
                 breaks.append(len(raw))
             else:
                 raw.append(frame.time)
+    if step and (None in raw or raw != sorted(raw)):
+        raw = [number * step for number in range(len(raw))]
     breaks = [n for n in dict.fromkeys(breaks) if n < len(raw)]
     return raw[0] or 0.0, _continuous(raw, jump), breaks
 

@@ -1,12 +1,20 @@
-"""Progress bars: one at a time."""
+"""Progress: one at a time; bars and clocks on a terminal, lines in a log."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
 
 import pytest
 
-from wanjax.progress import progress_bar
+from wanjax import progress
+from wanjax.progress import clock, phase, progress_bar
 
 
 def test_a_bar_inside_another_is_not_shown(capsys):
-    with progress_bar("outer", 2) as outer, progress_bar("inner", 2) as inner:
+    with progress_bar("outer", 2) as outer, progress_bar("inner", 2) as inner, phase("clock"):
         inner.advance(2)
         outer.advance()
     with pytest.raises(ValueError), progress_bar("failed", 1):
@@ -24,8 +32,59 @@ def test_a_bar_inside_a_hidden_one_is_shown(capsys):
     assert "inner" in said and "outer" not in said
 
 
-def test_notes_are_shown_as_they_are(capsys):
-    """Names of films hold brackets, which rich would take for its markup."""
-    with progress_bar("films", 1) as bar:
-        bar.advance(note="a [1080p] [/x]@0")
-    assert "a [1080p] [/x]@0" in capsys.readouterr().err
+def test_a_log_gets_lines_ever_more_rarely(capsys, monkeypatch):
+    """A thousand steps of a second each, by a clock of the test's own."""
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress_bar("Training", 1100, done=100) as bar:
+        bar.advance(0, note="compiling")
+        for i in range(1000):
+            now += 1
+            bar.advance(note=f"loss {i}")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Training: 100 of 1100, 0:00; compiling"
+    assert lines[1] == "Training: 110 of 1100, 0:10, 16:30 left; loss 9"
+    assert lines[-1] == "Training: 1100 of 1100, 16:40; loss 999"
+    assert 6 <= len(lines) <= 12
+    with progress_bar("Loading", 3 << 30, unit="bytes") as bar:
+        bar.advance(3 << 30)
+    assert capsys.readouterr().err == "Loading: 3.2 GB of 3.2 GB, 0:00\n"
+
+
+def test_a_phase_tells_a_log_only_if_it_lasts(capsys, monkeypatch):
+    with phase("short"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "WORTH_SAYING", 0.05)
+    with pytest.raises(ValueError), phase("Decoding"):
+        time.sleep(0.2)
+        raise ValueError
+    with phase("Decoding"):
+        time.sleep(0.2)
+    assert capsys.readouterr().err == "Decoding: 0:00\nDecoding: 0:00\nDecoding: took 0:00\n"
+
+
+def test_times():
+    assert [clock(s) for s in (0, 59.6, 3599, 3600, 90061)] == [
+        "0:00", "1:00", "59:59", "1:00:00", "25:01:01"
+    ]  # fmt: skip
+
+
+SHOW = """
+import time
+from wanjax.progress import phase, progress_bar
+with progress_bar("Denoising", 2) as bar:
+    bar.advance(2, note="loss 0.5")
+with phase("Decoding"):
+    time.sleep(0.3)
+"""
+
+
+def test_a_terminal_gets_a_bar_and_a_clock():
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    subprocess.run([sys.executable, "-c", SHOW], stderr=theirs, env=environment, check=True)
+    os.close(theirs)
+    said = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert re.search("Denoising.*━.*2/2.*loss 0.5", said) and "Decoding" in said

@@ -15,6 +15,7 @@ from tests.scripts import (
     READS_PROGRAMS,
     SIZE,
     call,
+    last_said,
     listing,
     run,
     start,
@@ -32,8 +33,9 @@ ENDLESS = 10**6
 
 def words(run_folder: Path, steps: int, *more: object) -> tuple:
     paths = ("--features", "features", "--checkpoint", "ck", "--run", run_folder)
-    settings = ("--batch", 2, "--rank", 2, "--warmup", 3, "--keep", 100)
-    return ("train.py", "nano", *paths, *settings, "--steps", steps, *more)
+    settings = ("--batch", 2, "--warmup", 3, "--keep", 100)
+    rank = () if "full" in more else ("--rank", 2)
+    return tuple(last_said(("train.py", "nano", *paths, *settings, *rank, "--steps", steps, *more)))
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -134,8 +136,7 @@ def test_other_settings_are_refused_by_name(world, broken, tmp_path, monkeypatch
     monkeypatch.setattr(train, "load_network", lambda *_, **__: pytest.fail("went on"))
 
     def refusal(*more: object) -> str:
-        arguments = [str(word) for word in words(folder, at + 2, *more)]
-        monkeypatch.setattr("sys.argv", arguments)
+        monkeypatch.setattr("sys.argv", list(words(folder, at + 2, *more)))
         before = listing(folder)
         with pytest.raises(UserError) as refused:
             train.main()

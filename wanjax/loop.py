@@ -18,7 +18,7 @@ import jax
 from wanjax.checkpoint import Checkpoints, validations
 from wanjax.errors import UserError
 from wanjax.metrics import MetricsLog
-from wanjax.progress import Bar, progress_bar
+from wanjax.progress import COMPILING, Bar, progress_bar
 
 Metrics = Mapping[str, jax.Array | float]
 
@@ -53,6 +53,7 @@ class Loop:
             stop_signals() as stopped_by,
         ):
             report = _Report(self, log, bar, checkpoints)
+            bar.advance(0, note=COMPILING)
             for number in range(done + 1, self.steps + 1):
                 report.later(number, self.step())
                 last = number == self.steps or stopped_by() is not None

@@ -7,7 +7,8 @@ prompt and the tokens of every picture are kept. The denoise step is compiled on
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,7 @@ from wanjax.models.umt5 import UMT5
 from wanjax.models.vae import VAE
 from wanjax.pictures import ImageLike, check_pictures, choose_size, read_picture
 from wanjax.precision import parse_dtype
-from wanjax.progress import progress_bar
+from wanjax.progress import COMPILING, phase, progress_bar
 from wanjax.prompt_cache import PromptCache
 from wanjax.residency import Residency, Residents
 from wanjax.sharding import check_heads, check_rows, one_device
@@ -222,9 +223,8 @@ class Pipeline:
                 clip_size=self.configs[self._require("image_encoder")].image_size,
             )
             tokens = self.encode_pictures(prepared.clip)
-            self.residents.enter("picture")
-            with self.on_mesh():
-                latents = picture_condition(self.vae, prepared)
+            with self._working("picture", "vae", "Encoding the picture") as vae:
+                latents = jax.block_until_ready(picture_condition(vae, prepared))
         conditions = (Condition(text[None], tokens, latents) for text in (positive, negative))
         return Conditioned(*jax.device_get(tuple(conditions)), height, width, frames)
 
@@ -247,9 +247,8 @@ class Pipeline:
         length = int(tokens.mask.sum())
         features = self._prompt_cache.get(tokens.ids[0, :length])
         if features is None:
-            self.residents.enter("text")
-            with self.on_mesh():
-                features = np.asarray(encode_text(self.text_encoder, tokens)[0][:length])
+            with self._working("text", "text_encoder", "Encoding the prompt") as encoder:
+                features = np.asarray(encode_text(encoder, tokens)[0][:length])
             self._prompt_cache.put(tokens.ids[0, :length], features)
         return features
 
@@ -267,9 +266,8 @@ class Pipeline:
         again."""
         key = hashlib.sha256(pictures.tobytes()).hexdigest()
         if key not in self._pictures:
-            self.residents.enter("picture")
-            with self.on_mesh():
-                self._pictures[key] = np.asarray(image_tokens(self.image_encoder, pictures))
+            with self._working("picture", "image_encoder", "Looking at the picture") as encoder:
+                self._pictures[key] = np.asarray(image_tokens(encoder, pictures))
         return self._pictures[key]
 
     def generate(
@@ -317,11 +315,13 @@ class Pipeline:
         conditions = (conditioned.positive, conditioned.negative)[: 1 + guided]
         state, conditions = jax.device_put((initial_state(noise), conditions), self._everywhere())
         self.residents.enter("denoise")
+        dit = self.dit
         with self.on_mesh(), progress_bar("Denoising", len(schedule)) as bar:
-            given = prepare_rows(self.dit, conditions)
+            bar.advance(0, note=COMPILING)
+            given = prepare_rows(dit, conditions)
             for i, timestep in enumerate(schedule.timesteps):
                 state = denoise_step(
-                    self.dit,
+                    dit,
                     state,
                     timestep,
                     schedule.row(i),
@@ -331,15 +331,14 @@ class Pipeline:
                     branches=self.branches,
                 )
                 state.x.block_until_ready()
-                bar.advance()
+                bar.advance(note="")
         return np.asarray(state.x[0])
 
     def decode(self, latents: Float[np.ndarray, "t h w C"]) -> Float[np.ndarray, "T H W 3"]:
         """The video of latents, in [0, 1]."""
-        self.residents.enter("decode")
-        with self.on_mesh():
-            video = self.vae.decode(jax.device_put(latents[None], self._everywhere()))
-        return np.clip(np.asarray(video[0], np.float32) * 0.5 + 0.5, 0, 1)
+        with self._working("decode", "vae", "Decoding") as vae:
+            video = np.asarray(vae.decode(jax.device_put(latents[None], self._everywhere()))[0])
+        return np.clip(video * 0.5 + 0.5, 0, 1)
 
     def latents_shape(self, conditioned: Conditioned) -> tuple[int, int, int, int]:
         """`t h w C` of the latents of a request."""
@@ -363,6 +362,14 @@ class Pipeline:
     def on_mesh(self):
         """The context in which programs are for this pipeline's devices."""
         return jax.set_mesh(self.mesh)
+
+    @contextmanager
+    def _working(self, at: str, network: str, label: str) -> Iterator[nnx.Module]:
+        """A network on the devices, in the phase of a video that needs it."""
+        self.residents.enter(at)
+        loaded = self._network(network)
+        with self.on_mesh(), phase(label):
+            yield loaded
 
     def _everywhere(self) -> jax.sharding.Sharding:
         """Where what is not a weight lies: whole on every device."""

@@ -1,26 +1,51 @@
-"""Progress bars on stderr, for whatever takes longer than two seconds."""
+"""Progress on stderr, for whatever takes longer than two seconds.
 
+On a terminal that is a bar, or a clock where nothing can be counted. Elsewhere, in a log, it is a
+line now and then: about as many as a reader wants, whether the work takes a minute or a week.
+"""
+
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from threading import Event, Thread
+from typing import Literal, Protocol
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
-_shown = False  # whether a bar is on the screen
+COMPILING = "compiling the first step, which can take minutes"
+Unit = Literal["steps", "bytes"]
+WORTH_SAYING = 2.0  # seconds
+LINES = 10.0, 600.0  # seconds between two lines of a log, at first and at most
+_shown = False  # whether there is progress on the screen already
 
 
-class Bar:
-    """Handle of one bar: `advance` it, and give it a `note` such as the current loss."""
+class Bar(Protocol):
+    """Handle of progress: `advance` it, and give it a `note` such as the current loss."""
+
+    def advance(self, amount: float | int = 1, note: str | None = None) -> None: ...
+
+
+class _Nothing:
+    def advance(self, amount: float | int = 1, note: str | None = None) -> None:
+        pass
+
+
+class _Drawn:
+    """A bar on a terminal."""
 
     def __init__(self, progress: Progress, task: int):
         self._progress, self._task = progress, task
@@ -31,38 +56,133 @@ class Bar:
             self._progress.update(self._task, note=note)
 
 
+class _Lines:
+    """Lines in a log: the first after some seconds, then ever more rarely, and one at the end. A
+    note without any progress, such as that something is compiled, is a line at once."""
+
+    def __init__(self, label: str, total: float, done: float, unit: Unit):
+        self._label, self._total, self._done, self._unit = label, total, done, unit
+        self._note, self._began, self._resumed = "", time.monotonic(), done
+        self._said, self._pause = self._began, LINES[0]
+
+    def advance(self, amount: float | int = 1, note: str | None = None) -> None:
+        self._done += amount
+        self._note = self._note if note is None else note
+        if not amount and note:
+            self.say()
+        elif time.monotonic() - self._said >= self._pause:
+            self._pause = min(2 * self._pause, LINES[1])
+            self.say()
+
+    def say(self) -> None:
+        """One line."""
+        self._said = time.monotonic()
+        passed, new = self._said - self._began, self._done - self._resumed
+        show = decimal if self._unit == "bytes" else lambda number: f"{number:g}"
+        text = f"{self._label}: {show(self._done)} of {show(self._total)}, {clock(passed)}"
+        if new > 0 and self._done < self._total:
+            text += f", {clock((self._total - self._done) * passed / new)} left"
+        sys.stderr.write(f"{text}{self._note and '; '}{self._note}\n")
+        sys.stderr.flush()
+
+
 @contextmanager
 def progress_bar(
     label: str,
     total: float | int,
     done: float | int = 0,
     *,
-    unit: Literal["steps", "bytes"] = "steps",
+    unit: Unit = "steps",
     hidden: bool = False,
 ) -> Iterator[Bar]:
-    """A bar with elapsed and estimated remaining time; `done` is where a resumed job starts.
+    """Progress with elapsed and estimated remaining time; `done` is where a resumed job starts.
 
-    `unit="bytes"` shows sizes and a rate; a `hidden` bar shows nothing, and neither does one that
+    `unit="bytes"` shows sizes and a rate; a `hidden` one shows nothing, and neither does one that
     is opened while another is shown: the outer one tells more.
     """
+    with _alone(hidden) as shown:
+        console = Console(stderr=True)
+        if not shown:
+            yield _Nothing()
+        elif console.is_terminal:
+            with Progress(*_columns(unit), console=console) as progress:
+                task = progress.add_task(label, total=total, completed=done, note="")
+                yield _Drawn(progress, task)
+        else:
+            lines = _Lines(label, total, done, unit)
+            yield lines
+            lines.say()
+
+
+@contextmanager
+def phase(label: str) -> Iterator[None]:
+    """A name and a clock for work in which nothing can be counted."""
+    with _alone(False) as shown:
+        console = Console(stderr=True)
+        if not shown:
+            yield
+        elif console.is_terminal:
+            columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+            with Progress(*columns, console=console, transient=True) as progress:
+                progress.add_task(label, total=None)
+                yield
+        else:
+            with _clock_lines(label):
+                yield
+
+
+@contextmanager
+def _clock_lines(label: str) -> Iterator[None]:
+    """Lines in a log, if it lasts: that it has begun, that it goes on, and how long it took."""
+    began, ended = time.monotonic(), Event()
+
+    def say() -> None:
+        pause = WORTH_SAYING
+        while not ended.wait(pause):
+            pause = min(max(LINES[0], 2 * pause), LINES[1])
+            sys.stderr.write(f"{label}: {clock(time.monotonic() - began)}\n")
+            sys.stderr.flush()
+
+    teller = Thread(target=say, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+    if (passed := time.monotonic() - began) >= WORTH_SAYING:
+        sys.stderr.write(f"{label}: took {clock(passed)}\n")
+
+
+@contextmanager
+def _alone(hidden: bool) -> Iterator[bool]:
+    """Whether to show anything: not inside of what is shown already."""
     global _shown
-    hidden = hidden or _shown
+    before, shown = _shown, not (hidden or _shown)
+    _shown = before or shown
+    try:
+        yield shown
+    finally:
+        _shown = before
+
+
+def _columns(unit: Unit) -> tuple[ProgressColumn, ...]:
     count = (
         (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
     )
-    columns = (
+    return (
         TextColumn("{task.description}"),
         BarColumn(),
         *count,
-        TextColumn("{task.fields[note]}", markup=False),
+        TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    before, _shown = _shown, _shown or not hidden
-    try:
-        with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
-            task = progress.add_task(label, total=total, completed=done, note="")
-            yield Bar(progress, task)
-    finally:
-        _shown = before
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -321,7 +321,8 @@ def check_resumable(
     """Refuse a resumed run whose settings differ, by name, except for those in `free`. A setting
     that an older run did not know has its default there."""
     saved = {**defaults, **saved}
-    for name in sorted((settings.keys() | saved.keys()) - {"version"}):
+    names = (settings.keys() | saved.keys()) - {"version"}
+    for name in sorted(names, key=lambda name: (name != "train", name)):  # the others hang on it
         if name not in free and settings.get(name) != saved.get(name):
             raise UserError(
                 f"{run} was started with {name}={saved.get(name)!r} and this command has "

@@ -53,6 +53,8 @@ def test_what_loses_too_much_is_refused():
         refuse_cropped(cut, 480, 832, 0.5)
     refuse_cropped(cut, 480, 832, 0.7)
     refuse_cropped(cut[:1], 480, 832, 0.0)
+    with pytest.raises(UserError, match="--max-crop 50 is no share of a picture; use 0 to 1"):
+        refuse_cropped(cut, 480, 832, 50)
 
 
 def test_shares_are_those_of_the_picture_made():

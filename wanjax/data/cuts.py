@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from wanjax.data.decoding import opened
+from wanjax.data.decoding import decoded, opened
 from wanjax.data.probing import VideoInfo
 from wanjax.data.video import timed_frames
 
@@ -21,7 +21,7 @@ def find_cuts(path: Path, info: VideoInfo) -> list[float]:
     """
     cuts, detector, shrink = [], _detector(), VideoReformatter().reformat
     with opened(path) as (container, stream):
-        for frame, time in timed_frames(container, stream, info):
+        for frame, time in timed_frames(decoded(container, stream), info):
             if frame is None:
                 continue
             small = shrink(frame, *SIZE, "yuv420p", interpolation=Interpolation.FAST_BILINEAR)

@@ -54,6 +54,8 @@ def describe_films(cut: Sequence[Window], height: int, width: int) -> list[str]:
 
 def refuse_cropped(cut: Sequence[Window], height: int, width: int, limit: float) -> None:
     """Raise `UserError` for films that would lose more than `limit` of their pictures."""
+    if not 0 <= limit <= 1:
+        raise UserError(f"--max-crop {limit:g} is no share of a picture; use 0 to 1.")
     lost = {
         str(window.shot.file): cut_away(window.info.height, window.info.width, height, width)
         for window in _one_a_film(cut)

@@ -139,14 +139,12 @@ def write_video(
             container.mux(stream.encode())
 
 
-def timed_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, info: VideoInfo
-) -> Timed:
-    """Frames with their times, from where the container stands; None is a loss. As such counts a
-    frame that has no time, or comes after a later one."""
+def timed_frames(decoded_frames: Iterator[av.VideoFrame | None], info: VideoInfo) -> Timed:
+    """Frames with their times; None is a loss. As such counts a frame that has no time, or comes
+    after a later one."""
     known = None if info.times is None else iter(info.times)
     time, lasting = -math.inf, 1 / info.fps
-    for frame in progressive(decoded(container, stream)):
+    for frame in decoded_frames:
         following = None
         if frame is not None and known is not None:
             following = next(known, None)
@@ -163,7 +161,8 @@ def _shown_from(
     container: av.container.InputContainer, stream: av.VideoStream, info: VideoInfo, start: float
 ) -> Timed:
     """Frames from one shown before `start` on, each with the time at which the next replaces it."""
-    timed = timed_frames(container, stream, info)
+    frames = lambda: progressive(decoded(container, stream))  # noqa: E731
+    timed = timed_frames(frames(), info)
     if start > 1 and info.times is None:
         # Half a second of margin: some containers seek by decoding time.
         container.seek(int((info.origin + start - 0.5) / stream.time_base), stream=stream)
@@ -171,7 +170,7 @@ def _shown_from(
         if sought is None or sought[1] > start:  # an index that leads astray
             container.seek(int(info.origin / stream.time_base), stream=stream)
             sought = None
-            timed = timed_frames(container, stream, info)
+            timed = timed_frames(frames(), info)
         timed = timed if sought is None else chain([sought], timed)
     before, lasting = None, 1 / info.fps
     for frame, time in timed:

@@ -60,7 +60,7 @@ class _Lines:
     """Lines in a log: the first after some seconds, then ever more rarely, and one at the end. A
     note without any progress, such as that something is compiled, is a line at once."""
 
-    def __init__(self, label: str, total: float, done: float, unit: Unit):
+    def __init__(self, label: str, total: float | int, done: float | int, unit: Unit):
         self._label, self._total, self._done, self._unit = label, total, done, unit
         self._note, self._began, self._resumed = "", time.monotonic(), done
         self._said, self._pause = self._began, LINES[0]

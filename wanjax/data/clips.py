@@ -63,7 +63,7 @@ class Shot:
         """Whether it is all of its film."""
         return not self.start and self.end is None
 
-    def spans(self, info: VideoInfo, fps: float) -> list[range]:
+    def spans(self, info: VideoInfo, fps: float | int) -> list[range]:
         """The numbers of its frames at `fps`, counted from its start, that can be decoded."""
         spans = []
         for begin, end in info.stretches:

@@ -193,7 +193,7 @@ def _rate(times: Sequence[float], declared: float) -> float:
     return declared if abs(own - declared) < 0.01 * declared else own
 
 
-def _continuous(raw: Sequence[float | None], jump: float) -> list[float]:
+def _continuous(raw: Sequence[float | int | None], jump: float | int) -> list[float]:
     """One timeline from 0 for frames in the decoder's order, whose own times may be missing, out of
     order (by as much as codecs reorder), or jump: back, or ahead by more than `jump` seconds."""
     known = [(number, time) for number, time in enumerate(raw) if time is not None]

@@ -52,7 +52,7 @@ def describe_films(cut: Sequence[Window], height: int, width: int) -> list[str]:
     return [f"{some(files)}: {told}" for told, files in kinds.items()]
 
 
-def refuse_cropped(cut: Sequence[Window], height: int, width: int, limit: float) -> None:
+def refuse_cropped(cut: Sequence[Window], height: int, width: int, limit: float | int) -> None:
     """Raise `UserError` for films that would lose more than `limit` of their pictures."""
     if not 0 <= limit <= 1:
         raise UserError(f"--max-crop {limit:g} is no share of a picture; use 0 to 1.")

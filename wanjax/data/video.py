@@ -81,7 +81,7 @@ def read_video(
 def read_stretches(
     path: Path,
     info: VideoInfo,
-    starts: Sequence[float],
+    starts: Sequence[float | int],
     frames: int,
     fps: float | int,
     convert: Callable[[UInt8[np.ndarray, "H0 W0 3"]], UInt8[np.ndarray, "H W 3"]] = np.asarray,
@@ -158,7 +158,10 @@ def timed_frames(decoded_frames: Iterator[av.VideoFrame | None], info: VideoInfo
 
 
 def _shown_from(
-    container: av.container.InputContainer, stream: av.VideoStream, info: VideoInfo, start: float
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    info: VideoInfo,
+    start: float | int,
 ) -> Timed:
     """Frames from one shown before `start` on, each with the time at which the next replaces it."""
     frames = lambda: progressive(decoded(container, stream))  # noqa: E731
@@ -183,9 +186,9 @@ def _shown_from(
         yield before[0], before[1] + lasting
 
 
-def _runs(starts: Sequence[float], far: float) -> Iterator[list[float]]:
+def _runs(starts: Sequence[float | int], far: float | int) -> Iterator[list[float | int]]:
     """`starts` in groups, within which none is further than `far` from the one before."""
-    run: list[float] = []
+    run: list[float | int] = []
     for start in starts:
         if run and start - run[-1] > far:
             yield run
@@ -196,11 +199,11 @@ def _runs(starts: Sequence[float], far: float) -> Iterator[list[float]]:
 
 
 def _sweep(
-    shown: Timed, starts: Sequence[float], frames: int, fps: float | int, convert: Callable
+    shown: Timed, starts: Sequence[float | int], frames: int, fps: float | int, convert: Callable
 ) -> Iterator[list[np.ndarray]]:
     """The pictures of each stretch, taken from the frames as they pass."""
     waiting = deque(starts)
-    taking: deque[tuple[float, list[np.ndarray | None]]] = deque()
+    taking: deque[tuple[float | int, list[np.ndarray | None]]] = deque()
     for frame, until in shown:
         while waiting and waiting[0] + ROUNDING < until:
             taking.append((waiting.popleft(), []))

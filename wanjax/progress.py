@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -33,6 +33,7 @@ LINES = 10.0, 600.0  # seconds between two lines of a log, at first and at most
 _shown = False  # whether there is progress on the screen already
 
 
+@runtime_checkable
 class Bar(Protocol):
     """Handle of progress: `advance` it, and give it a `note` such as the current loss."""
 
@@ -181,7 +182,7 @@ def _columns(unit: Unit) -> tuple[ProgressColumn, ...]:
     )
 
 
-def clock(seconds: float) -> str:
+def clock(seconds: float | int) -> str:
     """`1:02:03`, or `2:03` below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

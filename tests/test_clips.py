@@ -97,6 +97,7 @@ def test_a_shot_shorter_than_a_window(tmp_path):
         ('{"file": "a.mp4", "start": "2"}', r'start="2", of the wrong type'),
         ('{"file": "a.mp4", "split": "val"}', r"unknown split 'val'; choose from"),
         ('{"file": "a.mp4", "start": 2, "end": 1}', r"start=2 and end=1"),
+        ('{"file": "a.mp4", "start": 2, "end": 2}', r"start=2 and end=2"),
         ('{"file": "b.mp4", "caption": "c"}', r"names .*b\.mp4, which is not there"),
         ('{"file": "a.mp4"}', r"a\.mp4 has no caption; write one into .*a\.txt or .*metadata"),
         ('{"file": "a.png", "caption": "c"}', r"a\.png is a picture"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.test_video import STEP, numbers
+from wanjax.data import video
 from wanjax.data.clips import Shot, read_windows, windows
 from wanjax.data.probing import _continuous, probe
 from wanjax.data.video import read_stretches, read_video, write_video
@@ -222,13 +223,15 @@ def test_transparent_film_lies_over_black(tmp_path):
         stream = container.add_stream("qtrle", rate=16)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "argb"
         rgba = np.full((32, 48, 4), 200, np.uint8)
-        rgba[:, :24, 3], rgba[:, 24:, 3] = 0, 255
+        rgba[..., 3] = np.repeat([0, 102, 255], 16)
         for _ in range(3):
             frame = av.VideoFrame.from_ndarray(rgba, "rgba").reformat(format="argb")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     frames, _ = read_video(tmp_path / "a.mov")
-    assert (frames[1, :, :24] == 0).all() and (frames[1, :, 24:] == 200).all()
+    np.testing.assert_array_equal(
+        frames[1, ..., 0], np.repeat([0, 80, 200], 16)[None].repeat(32, 0)
+    )
 
 
 def test_stretches_are_read_in_one_pass(tmp_path):
@@ -246,10 +249,21 @@ def test_stretches_are_read_in_one_pass(tmp_path):
     assert len(whole) == 9 and numbers(np.stack(cut)) == [60, 61, 62, 63]
 
 
-def test_a_far_stretch_is_sought(tmp_path):
+@pytest.mark.parametrize(
+    ("second", "trusted", "times"), [(13, True, 2), (10, True, 1), (13, False, 1)]
+)
+def test_a_far_stretch_is_sought(tmp_path, monkeypatch, second, trusted, times):
+    """What lies between is decoded only where it is little, or where seeking cannot be trusted."""
     path = steady(tmp_path / "a.mkv", 64, 4)
-    taken = list(read_stretches(path, probe(path), [0.5, 13], 5, 4))
-    assert [numbers(np.stack(t)) for t in taken] == [list(range(2, 7)), list(range(52, 57))]
+    info, begun = probe(path), []
+    if not trusted:
+        info = dataclasses.replace(info, times=tuple(k / 4 for k in range(64)))
+    given = video.opened
+    monkeypatch.setattr(video, "opened", lambda path: begun.append(path) or given(path))
+    taken = list(read_stretches(path, info, [0.5, second], 5, 4))
+    later = list(range(4 * second, 4 * second + 5))
+    assert [numbers(np.stack(t)) for t in taken] == [list(range(2, 7)), later]
+    assert len(begun) == times
 
 
 LEFT_EARLY = """

@@ -20,7 +20,7 @@ from grain import DatasetIterator
 from jax.sharding import Mesh
 
 from configs import TrainJob, check_preset, command_line, parse_mesh
-from wanjax import lora
+from wanjax import __version__, lora
 from wanjax.checkpoint import (
     RUN_FILE,
     RUN_VERSION,
@@ -205,6 +205,8 @@ def describe(preset: str, job: TrainJob, features: Features) -> dict:
         "format": "wanjax-run",
         "version": RUN_VERSION,
         "preset": preset,
+        "wanjax": __version__,
+        "paths": {"features": str(job.features), "checkpoint": str(job.checkpoint)},
         "mesh": job.mesh,
         "base": fingerprint(job.checkpoint, "dit"),
         "features": digest(features),

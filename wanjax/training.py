@@ -84,9 +84,10 @@ class TrainConfig:
 
 
 # What a resumed run may have otherwise than the run that it goes on from.
-FREE_TO_CHANGE = frozenset({"steps", "mesh", "checkpoint_every", "keep", "log_every"}) | {
-    "validate_every"
-}
+FREE_TO_CHANGE = frozenset(
+    ["steps", "mesh", "checkpoint_every", "keep", "log_every", "validate_every"]
+    + ["paths", "wanjax"]  # where things lay and by what they were made, for who reads it later
+)
 
 
 def free_to_change(config: TrainConfig) -> frozenset[str]:

@@ -139,7 +139,8 @@ def test_comfyui_round_trip(tmp_path, targets):
     given, model = dit_inputs(), randomised_adapters(adapted(targets, rank=4, alpha=2.0))
     save_lora(tmp_path / "native.safetensors", lora.extract(model))
     report = convert_lora(tmp_path / "native.safetensors", tmp_path / "c.safetensors", "comfyui")
-    assert "rank 4" in report
+    trained = sum(x.size for x in jax.tree.leaves(lora.split(model)[1]))
+    assert f"in {SMALL.num_layers} blocks, rank 4, {trained:,} parameters (" in report
     file = read_safetensors(tmp_path / "c.safetensors")
     assert all(k.startswith("diffusion_model.blocks.") for k in file.tensors)
     assert not any("alpha" in k for k in file.tensors)
@@ -167,6 +168,11 @@ def test_foreign_files_are_refused_by_name(tmp_path):
         read_comfyui(path)
     write_tensors(path, {"diffusion_model.blocks.0.ffn.0.lora_A.weight": a})
     with pytest.raises(UserError, match="ffn.up"):
+        read_comfyui(path)
+    layer = "diffusion_model.blocks.0.ffn.0"
+    none, up = np.zeros((0, 48), np.float32), np.zeros((72, 0), np.float32)
+    write_tensors(path, {f"{layer}.lora_A.weight": none, f"{layer}.lora_B.weight": up})
+    with pytest.raises(UserError, match="block 0 of 'ffn.up' has no matching"):
         read_comfyui(path)
     with pytest.raises(UserError, match="nowhere"):
         open_lora(tmp_path / "nowhere")

@@ -150,11 +150,23 @@ def test_the_last_step_gives_the_denoised_estimate():
 def test_bad_requests_are_refused():
     with pytest.raises(UserError, match="unipc"):
         make_schedule("unipcc", 10, 5.0)
-    for sigmas in ([1.0, 0.5], [0.5, 0.7, 0.0], [0.0], [[1.0, 0.0]], [float("nan"), 0.0]):
+    for sigmas in (
+        [1.0, 0.5], [0.5, 0.7, 0.0], [0.5, 0.5, 0.0], [1.1, 0.0], [0.0], [[1.0, 0.0]],
+        [float("nan"), 0.0],
+    ):  # fmt: skip
         with pytest.raises(UserError, match="sigmas"):
             make_schedule("unipc", 10, 5.0, sigmas=sigmas)
     with pytest.raises(UserError, match="steps"):
         make_schedule("euler", 0, 5.0)
+    for shift in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(UserError, match="not a positive number"):
+            make_schedule("euler", 1, shift)
+
+
+def test_the_least_of_requests_is_taken():
+    np.testing.assert_array_equal(make_schedule("unipc", 9, 5.0, sigmas=[1, 0]).sigmas, [1, 0])
+    np.testing.assert_allclose(make_schedule("euler", 2, 0.5).sigmas, [1, 1 / 3, 0], rtol=1e-6)
+    assert len(make_schedule("euler", 1, 1.0)) == 1
 
 
 def test_scan_equals_loop():

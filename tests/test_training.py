@@ -159,6 +159,15 @@ def test_muon_wants_one_device():
     mesh = jax.sharding.AbstractMesh((2, 1, 1), ("data", "ring", "ulysses"))
     with pytest.raises(UserError, match="optimizer=muon runs on one device"):
         check_config(replace(CONFIG, optimizer="muon"), mesh)
+    one = jax.sharding.AbstractMesh((1, 1, 1), ("data", "ring", "ulysses"))
+    check_config(replace(CONFIG, optimizer="muon"), one)
+
+
+@pytest.mark.parametrize("name", ["alpha", "learning_rate", "clip_norm", "shift"])
+def test_numbers_that_nothing_can_be_trained_with(name):
+    for value in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=f"{name}=.* is not a positive number"):
+            check_config(replace(CONFIG, **{name: value}))
 
 
 def compiled_step(train: str) -> str:

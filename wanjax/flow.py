@@ -17,7 +17,9 @@ from wanjax.types import Batch
 TIMESTEP_LAWS = ("uniform", "logit_normal")
 
 
-def sample_times(key: jax.Array, count: int, *, law: str, shift: float) -> Float[Array, " B"]:
+def sample_times(
+    key: jax.Array, count: int, *, law: str, shift: float | Float[Array, ""]
+) -> Float[Array, " B"]:
     """Times in (0, 1): uniform or logit-normal, then shifted."""
     if law == "uniform":
         u = jax.random.uniform(key, (count,), minval=1e-5)
@@ -40,7 +42,9 @@ def losses_at(
     return jnp.mean((velocity - (noise - data)) ** 2, axis=(1, 2, 3, 4))
 
 
-def flow_loss(model: DiT, batch: Batch, key: jax.Array, *, law: str, shift: float) -> jax.Array:
+def flow_loss(
+    model: DiT, batch: Batch, key: jax.Array, *, law: str, shift: float | Float[Array, ""]
+) -> jax.Array:
     """Mean loss of a batch; all randomness comes from `key`."""
     key_time, key_noise = jax.random.split(key)
     times = sample_times(key_time, batch.latents.shape[0], law=law, shift=shift)

@@ -13,6 +13,12 @@ from wanjax import progress
 from wanjax.progress import clock, phase, progress_bar
 
 
+@pytest.fixture
+def all_is_worth_saying(monkeypatch):
+    monkeypatch.setattr(progress, "WORTH_SAYING", 0)
+
+
+@pytest.mark.usefixtures("all_is_worth_saying")
 def test_a_bar_inside_another_is_not_shown(capsys):
     with progress_bar("outer", 2) as outer, progress_bar("inner", 2) as inner, phase("clock"):
         inner.advance(2)
@@ -25,6 +31,7 @@ def test_a_bar_inside_another_is_not_shown(capsys):
     assert "outer" in said and "inner" not in said and "later" in said
 
 
+@pytest.mark.usefixtures("all_is_worth_saying")
 def test_a_bar_inside_a_hidden_one_is_shown(capsys):
     with progress_bar("outer", 1, hidden=True), progress_bar("inner", 1) as bar:
         bar.advance()
@@ -47,8 +54,15 @@ def test_a_log_gets_lines_ever_more_rarely(capsys, monkeypatch):
     assert lines[-1] == "Training: 1100 of 1100, 16:40; loss 999"
     assert 6 <= len(lines) <= 12
     with progress_bar("Loading", 3 << 30, unit="bytes") as bar:
+        now += 9
         bar.advance(3 << 30)
-    assert capsys.readouterr().err == "Loading: 3.2 GB of 3.2 GB, 0:00\n"
+    assert capsys.readouterr().err == "Loading: 3.2 GB of 3.2 GB, 0:09\n"
+    with progress_bar("Encoding", 2) as bar:
+        now += 11
+        bar.advance(2)
+    with progress_bar("a moment", 1) as bar:
+        bar.advance()
+    assert capsys.readouterr().err == "Encoding: 2 of 2, 0:11\n"  # once
 
 
 def test_a_phase_tells_a_log_only_if_it_lasts(capsys, monkeypatch):

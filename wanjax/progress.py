@@ -58,16 +58,19 @@ class _Drawn:
 
 
 class _Lines:
-    """Lines in a log: the first after some seconds, then ever more rarely, and one at the end. A
-    note without any progress, such as that something is compiled, is a line at once."""
+    """Lines in a log: the first after some seconds, then ever more rarely, and one at the end of
+    what took its time. A note without any progress, such as that something is compiled, is a line
+    at once."""
 
     def __init__(self, label: str, total: float | int, done: float | int, unit: Unit):
         self._label, self._total, self._done, self._unit = label, total, done, unit
         self._note, self._began, self._resumed = "", time.monotonic(), done
         self._said, self._pause = self._began, LINES[0]
+        self._silent, self._pending = True, False  # no line yet; nothing since the last one
 
     def advance(self, amount: float | int = 1, note: str | None = None) -> None:
         self._done += amount
+        self._pending = True
         self._note = self._note if note is None else note
         if not amount and note:
             self.say()
@@ -75,9 +78,15 @@ class _Lines:
             self._pause = min(2 * self._pause, LINES[1])
             self.say()
 
+    def end(self) -> None:
+        """The last line, unless it would say nothing new, or all took but a moment."""
+        short = self._silent and time.monotonic() - self._began < WORTH_SAYING
+        if not short and (self._silent or self._pending):
+            self.say()
+
     def say(self) -> None:
         """One line."""
-        self._said = time.monotonic()
+        self._said, self._silent, self._pending = time.monotonic(), False, False
         passed, new = self._said - self._began, self._done - self._resumed
         show = decimal if self._unit == "bytes" else lambda number: f"{number:g}"
         text = f"{self._label}: {show(self._done)} of {show(self._total)}, {clock(passed)}"
@@ -112,7 +121,7 @@ def progress_bar(
         else:
             lines = _Lines(label, total, done, unit)
             yield lines
-            lines.say()
+            lines.end()
 
 
 @contextmanager

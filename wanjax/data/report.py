@@ -77,7 +77,7 @@ def warn_of_cuts(cut: Sequence[Window]) -> str | None:
         if window.shot.whole and window.info.duration > LONG:
             films.setdefault(window.shot.file, []).append(window)
     torn: dict[Path, int] = {}
-    with progress_bar("looking for cuts", len(films)) as bar:
+    with progress_bar("looking for cuts", len(films), hidden=not films) as bar:
         for file, group in films.items():
             cuts = find_cuts(file, group[0].info)
             torn[file] = sum(_contains(window, cuts) for window in group)

@@ -16,7 +16,7 @@ import secrets
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 from configs import SampleJob, check_preset, command_line, parse_mesh
 from convert.lora import open_lora
 from wanjax import __version__
+from wanjax.checkpoint import split_choice
 from wanjax.conditioning import check_size
 from wanjax.data.video import write_video
 from wanjax.errors import UserError, nearest, run_script
@@ -34,6 +35,7 @@ from wanjax.latents import (
     latents_path,
     read_latents,
     require_room,
+    settings_of,
     write_latents,
 )
 from wanjax.lora import LoRA
@@ -42,7 +44,7 @@ from wanjax.pictures import check_pictures, read_picture
 from wanjax.pipeline import Conditioned, Pipeline
 from wanjax.precision import parse_dtype
 from wanjax.solvers import check_seed, make_schedule
-from wanjax.text_files import read_objects
+from wanjax.text_files import read_objects, whole_characters
 from wanjax.weights import fingerprint
 
 PER_VIDEO = frozenset(
@@ -69,7 +71,10 @@ def main() -> None:
     groups: dict[tuple[str, ...], list[SampleJob]] = {}
     for video in videos:
         groups.setdefault(video.lora, []).append(video)
-    ready = [(open_pipeline(preset, job, lora, group), group) for lora, group in groups.items()]
+    ready = []
+    for lora, group in groups.items():
+        pipeline = open_pipeline(preset, job, lora, group)
+        ready.append((pipeline, group, Earlier.of(pipeline, group)))
     while ready:
         make(*ready.pop(0))  # with its adapters a pipeline goes, and its weights leave the device
 
@@ -98,11 +103,24 @@ def open_pipeline(
     return pipeline
 
 
-def make(pipeline: Pipeline, videos: list[SampleJob]) -> None:
+@dataclass(frozen=True)
+class Earlier:
+    """What makes the latents of each video, and those that an earlier run has left, by place."""
+
+    settings: dict[Path, dict[str, Any]]
+    latents: dict[Path, Latents | None]
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, videos: Sequence[SampleJob]) -> "Earlier":
+        """Raises `UserError` for latents of other settings."""
+        base = describe_model(pipeline)
+        settings = {video.out: base | describe(video) for video in videos}
+        return cls(settings, {o: read_latents(latents_path(o), s) for o, s in settings.items()})
+
+
+def make(pipeline: Pipeline, videos: list[SampleJob], earlier: Earlier) -> None:
     """Condition, denoise and decode; what an earlier run denoised is only decoded."""
-    base = describe_model(pipeline)
-    made_by = {video.out: base | describe(video) for video in videos}
-    latents = {out: read_latents(latents_path(out), made_by[out]) for out in made_by}
+    made_by, latents = earlier.settings, earlier.latents
     # All encoders run first, so that umT5 and CLIP are loaded once.
     new = [video for video in videos if latents[video.out] is None]
     given = {video.out: condition(pipeline, video) for video in new}
@@ -193,7 +211,7 @@ def made_from(video: SampleJob) -> str:
     """What a video was made from, as JSON: every setting of its request, with the paths."""
     settings = {f.name: getattr(video, f.name) for f in fields(video)} | {"wanjax": __version__}
     settings = {k: v for k, v in settings.items() if v is not None and k not in NOT_IN_A_VIDEO}
-    return json.dumps(settings, default=str, ensure_ascii=False)
+    return whole_characters(json.dumps(settings, default=str, ensure_ascii=False))
 
 
 def requests(job: SampleJob) -> list[SampleJob]:
@@ -213,9 +231,12 @@ def check(video: SampleJob) -> None:
     """Refuse, before any network is loaded, what would fail after minutes or hours of work."""
     require_writable(video.out)
     make_schedule(video.solver, video.steps, video.shift, video.sigmas)
-    check_size(video.frames, video.height or 16, video.width or 16)
-    if video.fps < 1:
-        raise UserError(f"{video.out} cannot have fps={video.fps}; use 1 or more (Wan has 16).")
+    if (video.height is None) != (video.width is None):
+        raise UserError("Give both height and width, or neither (the picture's aspect decides).")
+    unknown = video.height is None  # as yet: the picture decides
+    check_size(video.frames, *(16, 16) if unknown else (video.height, video.width))
+    if not 1 <= video.fps <= 1000:
+        raise UserError(f"{video.out} cannot have fps={video.fps}; use 1 to 1000 (Wan has 16).")
     if video.seed != -1:
         check_seed(video.seed)
     for picture in (video.image, video.last_image):
@@ -224,11 +245,12 @@ def check(video: SampleJob) -> None:
 
 
 def with_seed(video: SampleJob) -> SampleJob:
-    """A seed of -1 becomes one that is drawn, and said."""
+    """A seed of -1 becomes one that is drawn, and said; or the one that an earlier run drew."""
     if video.seed != -1:
         return video
-    seed = secrets.randbits(32)
-    sys.stderr.write(f"{video.out}: drew --seed {seed}\n")
+    earlier = settings_of(latents_path(video.out)) or {}
+    seed = earlier.get("seed", secrets.randbits(32))
+    sys.stderr.write(f"{video.out}: --seed {seed}, {'as before' if earlier else 'drawn'}\n")
     return replace(video, seed=seed)
 
 
@@ -237,9 +259,10 @@ def read_jobs(job: SampleJob) -> list[SampleJob]:
     videos, places = [], set()
     for where, given in read_objects(job.jobs):
         video = replace(job, **parse_job(given, where))
-        if video.out in places:
+        place = None if video.out is None else latents_path(video.out.resolve())
+        if place in places:
             raise UserError(f"{where} writes {video.out}, as an earlier line does.")
-        places.add(video.out)
+        places |= {place} - {None}
         videos.append(video)
     return videos
 
@@ -253,6 +276,9 @@ def parse_job(given: dict[str, Any], where: str) -> dict[str, Any]:
         if not _is_of(value, str(kinds[name])):
             raise UserError(f"{where}: {name}={value!r} is of the wrong kind; see --help.")
     paths = ("image", "last_image", "out")
+    for name in paths:
+        if "\0" in (given.get(name) or ""):
+            raise UserError(f"{where}: {name}={given[name]!r} is no path; choose another.")
     made = {k: Path(v) for k, v in given.items() if k in paths and v is not None}
     if "lora" in given:
         made["lora"] = (given["lora"],) if isinstance(given["lora"], str) else tuple(given["lora"])
@@ -293,6 +319,8 @@ def read_adapter(text: str) -> tuple[LoRA, float]:
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
+            if split_choice(Path(text))[0].exists():  # its name has a colon: wolves:2@best
+                return open_lora(Path(text)), 1.0
             raise UserError(f"--lora {text} has no number after its last colon; write PATH:0.8.")
         return open_lora(Path(path)), number
     return open_lora(Path(text)), 1.0

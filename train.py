@@ -150,12 +150,12 @@ def plan(trainer: Trainer, features: Features, job: TrainJob) -> str:
 
 def outcome(job: TrainJob) -> str:
     """What the run has come to, and what to do with it."""
-    losses = [entry["loss"] for entry in read_metrics(job.run)]
+    losses = [entry["loss"] for entry in read_metrics(job.run) if "loss" in entry]
     tenth = max(1, len(losses) // 10)
-    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    first, last = (sum(part) / max(1, len(part)) for part in (losses[:tenth], losses[-tenth:]))
     found = validations(job.run, job.settings.steps)
-    best = f"; least validation loss {min(found.values()):.4f} at step " if found else ""
-    best += str(min(found, key=found.get)) if found else ""
+    best = min(found, key=found.get, default=None)
+    best = "" if best is None else f"; least validation loss {found[best]:.4f} at step {best}"
     use = f"--checkpoint {job.run}/model" if job.settings.train == "full" else f"--lora {job.run}"
     return (
         f"{job.run}: {job.settings.steps} steps, loss {first:.4f} in the first tenth and "

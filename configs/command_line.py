@@ -157,7 +157,7 @@ def parse_mesh(text: str | None) -> Mesh | None:
         if name not in ("data", "ring", "ulysses"):
             hint = nearest(name, ("data", "ring", "ulysses"))
             raise UserError(f"--mesh has an unknown axis '{name}'{hint}")
-        if not size.isdigit():
+        if not (size.isascii() and size.isdecimal()):
             raise UserError(f"--mesh {text}: '{part}' is not AXIS=NUMBER; e.g. data=2,ulysses=4.")
         axes[name] = int(size)
     return make_mesh(**axes)

@@ -5,11 +5,19 @@ import math
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
-from wanjax.checkpoint import Checkpoints, _one_error, _step_of, kept_steps
+from wanjax.checkpoint import (
+    Checkpoints,
+    _one_error,
+    _step_of,
+    kept_steps,
+    split_choice,
+    validations,
+)
 from wanjax.errors import UserError
 from wanjax.loop import Loop
 from wanjax.metrics import read_metrics
@@ -84,7 +92,7 @@ def test_checkpoints_that_are_not_there(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "lo')
     with pytest.raises(UserError, match="no checkpoint with a validation loss.*4, 9"):
         _step_of(tmp_path, "best")
-    for which in ("3", "last", "-9", "٣"):
+    for which in ("3", "last", "-9", "٣", "²"):
         with pytest.raises(UserError, match=f"no checkpoint '{which}'; choose from 4, 9, or best"):
             _step_of(tmp_path, which)
 
@@ -119,3 +127,40 @@ def test_after_a_failed_save_errors_of_the_main_thread_are_shown():
     with pytest.raises(ValueError), _one_error():
         raise ValueError
     assert sys.excepthook is before
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_never_saved(bad, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    state = {"step": jnp.int32(1), "down": jnp.ones((2, 3)), "up": jnp.zeros((3, 2))}
+    checkpoints.save(1, state, {})
+    with pytest.raises(UserError, match="After step 2 .* NaN or infinite.*step 1 is kept"):
+        checkpoints.save(2, state | {"up": jnp.zeros((3, 2)).at[1, 1].set(bad)}, {})
+    assert kept_steps(tmp_path) == [1]
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(VALIDATION, 4, math.nan)
+    with pytest.raises(UserError, match="validation loss became nan .* step 3;"):
+        run(tmp_path)
+    assert kept_steps(tmp_path) == [2, 3]
+
+
+def test_damaged_metrics_are_left_out(tmp_path):
+    lines = [b'{"step": 1, "validation_loss": NaN}', b'{"step": 2, "validation_loss": 3.5}',
+             b'{"step": "3", "loss": 1}', b'{"step": 4, "loss": null}', b"[1]", b"\xff",
+             b'{"step": true}', b'{"loss": 1}', b'{"step": 6, "lo']  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    assert validations(tmp_path, 9) == {2: 3.5}
+
+
+def test_checkpoints_are_chosen_by_the_name_of_their_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a@best").mkdir()
+    for text, chosen in {
+        "runs/film": ("runs/film", None), "runs/film@best": ("runs/film", "best"),
+        "a@best": ("a@best", None), "a@best@7": ("a@best", "7"), ".@best": (".", "best"),
+        "w:2@9": ("w:2", "9"), "@best": ("@best", None),
+    }.items():  # fmt: skip
+        assert split_choice(Path(text)) == (Path(chosen[0]), chosen[1])

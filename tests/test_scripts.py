@@ -199,7 +199,7 @@ def test_jobs_have_adapters_and_seeds_of_their_own(world, trained, tmp_path):
     words = ("sample.py", "nano", "--checkpoint", "ck", "--image", "picture.png", "--steps", 1)
     words += ("--prompt", PROMPT, "--lora", "run", *SIZE, "--jobs", jobs)
     said = call(*words, cwd=world)
-    drawn = re.search(r"weak.mp4: drew --seed (\d+)", said)[1]
+    drawn = re.search(r"weak.mp4: --seed (\d+), drawn", said)[1]
     made = {}
     for name in ("plain", "run", "weak"):
         with av.open(str(tmp_path / f"{name}.mp4")) as container:

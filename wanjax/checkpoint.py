@@ -14,10 +14,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -71,6 +73,12 @@ class Checkpoints:
     ) -> None:
         """Write one checkpoint; the newest are kept and, of those with a validation loss in
         `found`, the best. Raises `UserError` where the disk is full; older ones survive."""
+        if not _finite(state):
+            kept = "none is kept yet" if self.latest is None else f"step {self.latest} is kept"
+            raise UserError(
+                f"After step {step} of {self.run} weights are NaN or infinite, and are not saved "
+                f"({kept}); start a new run with a lower --learning-rate."
+            )
         needed = sum(x.nbytes for x in jax.tree.leaves(state)) + _OVERHEAD
         free = shutil.disk_usage(self.run).free
         if free < needed:
@@ -114,6 +122,13 @@ class Checkpoints:
             time.sleep(0.1)
 
 
+@jax.jit
+def _finite(state: Any) -> jax.Array:
+    """Whether no weight or moment is NaN or infinite."""
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in floats], jnp.array(True))
+
+
 def _quieten_orbax() -> None:
     """No remarks on its own doings; its errors are raised as well as logged."""
     for name in ("absl", "asyncio"):
@@ -136,7 +151,7 @@ def _one_error() -> Iterator[None]:
 
 def kept_steps(run: Path) -> list[int]:
     """The steps of a run's whole checkpoints, in order, though it may be training just now."""
-    return sorted(int(p.name) for p in run.glob("checkpoints/*") if p.name.isdigit())
+    return sorted(int(p.name) for p in run.glob("checkpoints/*") if p.name.isdecimal())
 
 
 def latest_step(run: Path) -> int | None:
@@ -148,7 +163,7 @@ def validations(run: Path, last: int) -> dict[int, float]:
     """The validation loss of every step up to `last` that had one, by `metrics.jsonl`."""
     found = {}
     for entry in read_metrics(run):
-        if entry["step"] <= last and "validation_loss" in entry:
+        if entry["step"] <= last and math.isfinite(entry.get("validation_loss", math.nan)):
             found[entry["step"]] = entry["validation_loss"]
     return found
 
@@ -172,6 +187,8 @@ def read_run(run: PathLike) -> dict[str, Any]:
         raise UserError(f"{path} is damaged; restore it from a copy of the run.") from error
     if not isinstance(data, dict) or data.get("format") != "wanjax-run":
         raise UserError(f"{path} was not written by wanjax; check the path.")
+    if not isinstance(data.get("version", 1), int) or "train" not in data:
+        raise UserError(f"{path} is damaged; restore it from a copy of the run.")
     if data.get("version", 1) > RUN_VERSION:
         raise UserError(
             f"{path} has version {data['version']} and this wanjax reads up to {RUN_VERSION}; "
@@ -187,7 +204,7 @@ def load_lora(path: PathLike) -> LoRA:
     with the least validation loss. Raises `UserError` for anything else, and for NaN or infinity in
     a weight.
     """
-    path, which = _chosen(Path(path))
+    path, which = split_choice(Path(path))
     if not path.exists():
         raise UserError(f"There is no run or adapter file '{path}'; check the path.")
     if path.is_dir():
@@ -202,10 +219,10 @@ def load_lora(path: PathLike) -> LoRA:
     return lora
 
 
-def _chosen(path: Path) -> tuple[Path, str | None]:
+def split_choice(path: Path) -> tuple[Path, str | None]:
     """`runs/film@best` as `(runs/film, "best")`, unless something has that very name."""
     name, at, which = path.name.rpartition("@")
-    return (path.with_name(name), which) if at and name and not path.exists() else (path, None)
+    return (path.parent / name, which) if at and name and not path.exists() else (path, None)
 
 
 def _step_of(run: Path, which: str | None) -> int:
@@ -223,7 +240,7 @@ def _step_of(run: Path, which: str | None) -> int:
                 f"choose a step from {', '.join(map(str, kept))}."
             )
         return min(losses, key=losses.get)
-    if not which.isdigit() or int(which) not in kept:
+    if not (which.isascii() and which.isdecimal()) or int(which) not in kept:
         choice = ", ".join(map(str, kept))
         raise UserError(f"{run} has no checkpoint '{which}'; choose from {choice}, or best.")
     return int(which)
@@ -236,10 +253,16 @@ def _lora_of_run(run: Path, which: str | None) -> LoRA:
     step = _step_of(run, which)
     _quieten_orbax()
     folder = (run / "checkpoints" / str(step) / "state").absolute()
-    reader = ocp.PyTreeCheckpointer()
-    tree = reader.metadata(folder).item_metadata.tree
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    params = reader.restore(folder, restore_args=as_numpy)["params"]
+    try:
+        reader = ocp.PyTreeCheckpointer()
+        tree = reader.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        params = reader.restore(folder, restore_args=as_numpy)["params"]
+    except Exception as error:  # Orbax raises many kinds
+        raise UserError(
+            f"The checkpoint {folder.parent} cannot be read ({_first_line(error)}); choose another "
+            f"as {run}@STEP."
+        ) from error
     layers: dict[str, dict[str, np.ndarray]] = {}
     for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
         keys = [str(part.key) for part in path]  # blocks, cross_attn, q, lora, down, value

@@ -1,6 +1,7 @@
 """Errors that a person is meant to read: one sentence with the fact and the remedy, exit code 2."""
 
 import difflib
+import errno
 import os
 import signal
 import sys
@@ -48,15 +49,24 @@ def run_script(main: Callable[[], None]) -> None:
     except PermissionError as error:
         sys.stderr.write(f"error: {error.filename} may not be used; change its permissions.\n")
         sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        sys.stderr.write(f"error: {error.filename} is too long a name; choose a shorter one.\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        sys.exit(130)
+        _leave(130)
     except _Terminated as stop:
-        # All is cleaned up. Python's own way out would now wait for, or crash in, the threads of a
-        # compilation that was interrupted.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(stop.code)
+        _leave(stop.code)
+
+
+def _leave(code: int) -> None:
+    """All is cleaned up. Python's own way out would now wait for, or crash in, the threads of a
+    compilation that was interrupted."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _Terminated(SystemExit):

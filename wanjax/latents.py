@@ -39,15 +39,22 @@ def write_latents(path: Path, latents: Latents, settings: Mapping[str, Any]) -> 
         writer.write("latents", np.asarray(latents, np.float32))
 
 
-def read_latents(path: Path, settings: Mapping[str, Any]) -> Latents | None:
-    """The latents at `path`, if there are any. Raises `UserError` where these settings did not
-    make them, naming the first that differs, or where the file is damaged."""
+def settings_of(path: Path) -> dict[str, Any] | None:
+    """What made the latents at `path`, if there are any. Raises `UserError` for another file."""
     if not path.exists():
         return None
     file = read_safetensors(path)
     if file.metadata.get("format") != FORMAT or "latents" not in file.tensors:
         raise UserError(f"{path} are not latents of a video; remove it, or choose another --out.")
-    made_with = json.loads(file.metadata["settings"])
+    return json.loads(file.metadata["settings"])
+
+
+def read_latents(path: Path, settings: Mapping[str, Any]) -> Latents | None:
+    """The latents at `path`, if there are any. Raises `UserError` where these settings did not
+    make them, naming the first that differs, or where the file is damaged."""
+    made_with = settings_of(path)
+    if made_with is None:
+        return None
     now = json.loads(json.dumps(settings))
     for name in sorted(made_with.keys() | now.keys()):
         if made_with.get(name) != now.get(name):
@@ -55,7 +62,7 @@ def read_latents(path: Path, settings: Mapping[str, Any]) -> Latents | None:
                 f"{path} was denoised with {name}={made_with.get(name)!r} and this command has "
                 f"{now.get(name)!r}; use the old value, or remove that file to denoise anew."
             )
-    return np.array(file.tensors["latents"])
+    return np.array(read_safetensors(path).tensors["latents"])
 
 
 def require_room(path: Path, shape: tuple[int, ...]) -> None:

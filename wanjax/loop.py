@@ -53,7 +53,8 @@ class Loop:
             stop_signals() as stopped_by,
         ):
             report = _Report(self, log, bar, checkpoints)
-            bar.advance(0, note=COMPILING)
+            if done < self.steps:
+                bar.advance(0, note=COMPILING)
             for number in range(done + 1, self.steps + 1):
                 report.later(number, self.step())
                 last = number == self.steps or stopped_by() is not None
@@ -97,7 +98,7 @@ class _Report:
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         seconds = time.perf_counter() - self._since
         self.start()
-        self._check(values)
+        self._check(values | (found or {}))
         values["seconds"] = seconds
         note = f"loss {values['loss']:.4f}  {seconds:.2f} s/step"
         if "tokens" in values:

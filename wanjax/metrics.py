@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from wanjax.errors import UserError
 from wanjax.outputs import whole_file
@@ -91,10 +92,17 @@ class MetricsLog:
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, float]]:
-    """The lines of a run's metrics; the last line of a killed run may be cut, and is left out."""
+    """The lines of a run's metrics; what is damaged, as the last line of a killed run may be, is
+    left out."""
     path = run / METRICS
-    for line in path.read_text().split("\n") if path.exists() else ():
-        with suppress(ValueError, KeyError, TypeError):
+    lines = path.read_text(errors="replace").split("\n") if path.exists() else ()
+    for line in lines:
+        with suppress(ValueError):
             entry = json.loads(line)
-            entry["step"]
-            yield entry
+            if isinstance(entry, dict) and _is_line(entry):
+                yield entry
+
+
+def _is_line(entry: dict[str, Any]) -> bool:
+    numbers = all(type(value) in (int, float) for value in entry.values())
+    return numbers and type(entry.get("step")) is int

@@ -19,6 +19,7 @@ from rich.filesize import decimal
 from wanjax.errors import UserError
 
 LOCK = ".lock"
+BESIDE = ".latents.safetensors" + "1234567"  # what names are lengthened by, and a process's number
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -74,7 +75,7 @@ def put_back(path: Path) -> None:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    partial = path.parent / f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}"
+    partial = path.parent / f"{_partial_prefix(path.name)}{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
@@ -126,6 +127,9 @@ def refuse_existing(path: Path) -> None:
 def require_writable(path: Path) -> None:
     """Refuse, before any work, a place where `path` could not be made."""
     place = next(p for p in path.absolute().parents if p.exists())
+    longest = os.pathconf(place, "PC_NAME_MAX") - len(_partial_prefix("")) - len(BESIDE)
+    if len(os.fsencode(path.name)) > longest:
+        raise UserError(f"{path.name[:40]}... is too long a name; use {longest} bytes at most.")
     if not place.is_dir():
         raise UserError(f"{path} cannot be made, as {place} is a file; choose another place.")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -146,6 +150,11 @@ def require_space(path: Path, needed: int) -> None:
         )
 
 
+def _partial_prefix(name: str) -> str:
+    """What is half made begins so, with the number of its process behind."""
+    return f"{name}.partial-{socket.gethostname()}-"
+
+
 def _explained(error: OSError, path: Path) -> UserError:
     if error.errno in _FULL:
         reason = "the disk is full" if error.errno != errno.EFBIG else "the file grew too large"
@@ -160,7 +169,7 @@ def _explained(error: OSError, path: Path) -> UserError:
 
 
 def _remove_stale(path: Path) -> None:
-    prefix = f"{path.name}.partial-{socket.gethostname()}-"
+    prefix = _partial_prefix(path.name)
     for other in path.parent.iterdir():
         pid = other.name.removeprefix(prefix)
         if other.name.startswith(prefix) and pid.isdigit() and not _alive(int(pid)):
@@ -178,8 +187,8 @@ def _alive(pid: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(FileNotFoundError, NotADirectoryError):
+    with suppress(OSError):  # an error of the work itself is more worth saying
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink()

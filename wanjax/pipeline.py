@@ -332,7 +332,13 @@ class Pipeline:
                 )
                 state.x.block_until_ready()
                 bar.advance(note="")
-        return np.asarray(state.x[0])
+        latents = np.asarray(state.x[0])
+        if not np.isfinite(latents).all():
+            raise UserError(
+                f"The video came out as NaN or infinity (guidance={guidance:g}, shift={shift:g}); "
+                "use a smaller guidance, an adapter of less strength, or dtype float32."
+            )
+        return latents
 
     def decode(self, latents: Float[np.ndarray, "t h w C"]) -> Float[np.ndarray, "T H W 3"]:
         """The video of latents, in [0, 1]."""

@@ -25,6 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 
 COMPILING = "compiling the first step, which can take minutes"
 Unit = Literal["steps", "bytes"]
@@ -115,7 +116,7 @@ def progress_bar(
         if not shown:
             yield _Nothing()
         elif console.is_terminal:
-            with Progress(*_columns(unit), console=console) as progress:
+            with Progress(*_columns(unit, total), console=console) as progress:
                 task = progress.add_task(label, total=total, completed=done, note="")
                 yield _Drawn(progress, task)
         else:
@@ -180,18 +181,21 @@ def _alone(hidden: bool) -> Iterator[bool]:
         _shown = before
 
 
-def _columns(unit: Unit) -> tuple[ProgressColumn, ...]:
-    count = (
-        (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-    )
+def _columns(unit: Unit, total: float) -> tuple[ProgressColumn, ...]:
+    """On a narrow terminal the note gives way, and never the count and the times."""
+
+    def whole(width: int) -> Column:
+        return Column(no_wrap=True, min_width=width)
+
+    counted = MofNCompleteColumn(table_column=whole(2 * len(f"{total:.0f}") + 1))
     return (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        *count,
-        TextColumn("{task.fields[note]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=20),
+        *((DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (counted,)),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=whole(7)),
+        TextColumn("left", table_column=whole(4)),
+        TimeRemainingColumn(table_column=whole(7)),
     )
 
 

@@ -54,6 +54,9 @@ class Schedule:
         return Coefficients(*(column[index] for column in self.coefficients))
 
 
+MOST_STEPS = 200_000  # far beyond use; the weights of every step are made beforehand
+
+
 class State(NamedTuple):
     """What a multistep solver remembers: the sample, the previous one, two denoised estimates."""
 
@@ -121,8 +124,8 @@ def make_schedule(
         sigmas = _checked(sigmas)
         timesteps = 1000 * sigmas[:-1]
     else:
-        if steps < 1:
-            raise UserError(f"steps={steps} is not a number of steps; use 1 or more.")
+        if not 1 <= steps <= MOST_STEPS:
+            raise UserError(f"steps={steps} is not a number of steps; use 1 to {MOST_STEPS:,}.")
         if not 0 < shift < math.inf:
             raise UserError(f"shift={shift:g} is not a positive number; use 5, for example.")
         start = 0.999 if solver == "unipc" else 1.0
@@ -131,7 +134,9 @@ def make_schedule(
         # The official schedulers keep sigma in fp32; near 1 that rounding is what they integrate.
         sigmas = np.append(sigmas, 0).astype(np.float32).astype(np.float64)
     rows = SOLVERS[solver](sigmas)
-    columns = (np.asarray(column, np.float32) for column in zip(*rows))
+    columns = [np.asarray(column, np.float32) for column in zip(*rows)]
+    if not all(np.isfinite(column).all() for column in columns):
+        raise UserError(f"shift={shift:g} leaves no usable schedule; use 5, for example.")
     return Schedule(timesteps.astype(np.float32), sigmas, Coefficients(*columns))
 
 

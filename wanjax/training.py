@@ -97,6 +97,7 @@ def free_to_change(config: TrainConfig) -> frozenset[str]:
 
 _LEAST = {"rank": 1, "steps": 1, "batch": 1, "warmup": 0, "cooldown": 0, "seed": 0}
 _LEAST |= {"checkpoint_every": 1, "keep": 1, "log_every": 1, "validate_every": 0}
+_MOST_SEED = (1 << 32) - 1
 _POSITIVE = ("alpha", "learning_rate", "clip_norm", "shift")
 
 
@@ -108,6 +109,10 @@ def check_config(config: TrainConfig, mesh: Mesh | None = None) -> None:
     for name in _POSITIVE:
         if not 0 < (value := getattr(config, name)) < math.inf:
             raise UserError(f"{name}={value:g} is not a positive number; use one above zero.")
+    if not 0 <= config.weight_decay < math.inf:
+        raise UserError(f"weight_decay={config.weight_decay:g} is no decay; use 0 or more.")
+    if config.seed > _MOST_SEED:
+        raise UserError(f"seed={config.seed} is too large; use {_MOST_SEED} or less.")
     if config.warmup + config.cooldown > config.steps and config.cooldown:
         raise UserError(
             f"warmup={config.warmup} and cooldown={config.cooldown} do not fit into "

@@ -135,8 +135,8 @@ def windows(
     stride = frames if stride is None else stride
     if frames < 1 or frames % 4 != 1:
         raise UserError(f"frames={frames} is not 4n+1; use {max(0, frames - 1) // 4 * 4 + 1}.")
-    if stride < 1 or fps <= 0:
-        raise UserError(f"stride={stride} and fps={fps:g} must be above zero; mend them.")
+    if stride < 1 or not 0 < fps <= 1000:
+        raise UserError(f"stride={stride} and fps={fps:g} must be above zero (fps up to 1000).")
     films = _probed(shots)
     found: dict[str, Window] = {}
     for shot in shots:

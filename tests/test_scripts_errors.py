@@ -281,7 +281,7 @@ JOBS = {
     '{"out": ""}': "is not an .mp4",
     '{"out": "a\\u0000.mp4"}': "is no path; choose another",
     '{"out": "a.mp4", "height": 0}': "height=0 is not divisible by 16",
-    '{"out": "a.mp4"}\n{"out": "new/../a.mp4"}': "jobs:2 writes .*a.mp4, as an earlier line",
+    '{"out": "a.mp4"}\n{"out": "new/../a.mp4"}': "jobs:2 writes new/../a.mp4, as an earlier line",
     '{"out": "a.mp4"}\n{"out": "a.MP4"}': "jobs:2 writes a.MP4, as an earlier line does",
     '{"prompt": "x"}': "Say where the video goes",
     '{"out": "a.mp4", "solver": "unipcc"}': "no solver 'unipcc'; did you mean 'unipc'",

@@ -48,7 +48,7 @@ def test_captions_beside_films(tmp_path):
 def test_windows_hold_the_frames_of_their_times(tmp_path):
     film(tmp_path / "a.mp4")
     shots = read_dataset(tmp_path, default_caption="a film")
-    assert len(windows(shots, frames=1)) == windows(shots, frames=5, stride=99)[0].info.count(16)
+    assert len(windows(shots, frames=1)) == 40
     cut = windows(shots, frames=9, fps=16, stride=4)
     assert [w.name for w in cut] == [f"a@{4 * k}" for k in range(8)]  # 40 frames at 16 fps
     clip = cut[3].read()

@@ -5,8 +5,8 @@
     video = pipeline.sample(image="first.png", prompt="A horse gallops through surf")
 
 Where things are: `models/` the four networks, `lora` adapters, `flow` the objective, `solvers`,
-`conditioning` picture to condition, `pipeline` sampling, `training` the loop, `weights` and
-`checkpoint` what is read and written, `data/` films to features.
+`conditioning` picture to condition, `pipeline` sampling, `training` the step, `loop` around it,
+`weights` and `checkpoint` what is read and written, `data/` films to features.
 """
 
 from typing import TYPE_CHECKING

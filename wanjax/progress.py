@@ -89,7 +89,7 @@ class _Lines:
         """One line."""
         self._said, self._silent, self._pending = time.monotonic(), False, False
         passed, new = self._said - self._began, self._done - self._resumed
-        show = decimal if self._unit == "bytes" else lambda number: f"{number:g}"
+        show = decimal if self._unit == "bytes" else lambda number: f"{number:.0f}"
         text = f"{self._label}: {show(self._done)} of {show(self._total)}, {clock(passed)}"
         if new > 0 and self._done < self._total:
             text += f", {clock((self._total - self._done) * passed / new)} left"

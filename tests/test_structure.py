@@ -10,13 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Each row imports only rows before it.
 ROWS = [
-    ["types", "errors", "progress"],
+    ["types", "errors", "progress", "chips"],
     ["precision", "sharding", "rope", "outputs", "residency", "text_files"],
     ["attention", "tensor_files", "metrics"],
     ["nn"],
     ["causal"],
     ["models"],
-    ["lora", "flow", "solvers", "text"],
+    ["lora", "flow", "solvers", "text", "work"],
     ["denoising", "conditioning", "weights", "checkpoint", "prompt_cache", "latents"]
     + ["data", "eval"],
     ["pictures"],

@@ -1,0 +1,69 @@
+"""The formulas of arithmetic against the published figures, and against a traced program."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from tests.real_size import GRIDS, condition, equations
+from wanjax import work
+from wanjax.chips import CHIPS, chip_of
+from wanjax.models.dit import DiTConfig
+from wanjax.weights import abstract_network
+
+CONFIG = DiTConfig()
+PETA = 1e15
+
+
+@pytest.mark.parametrize(
+    ("size", "forward", "training"),
+    [
+        ("720p81", 6.540, (20.2, 22.1, 26.8)),
+        ("720p33", 1.658, (4.66, 5.44, 6.33)),
+        ("480p81", 1.686, (4.74, 5.54, 6.44)),
+    ],
+)
+def test_real_sizes(size, forward, training):
+    assert work.forward(CONFIG, GRIDS[size]).total / PETA == pytest.approx(forward, rel=1e-3)
+    kinds = ("none", "save_attention", "full")
+    found = [work.train_step(CONFIG, GRIDS[size], remat=remat) / PETA for remat in kinds]
+    assert found == pytest.approx(training, rel=1e-2)
+
+
+def dot_flops(jaxpr, times: int = 1) -> int:
+    """FLOP of every product in a jaxpr, bodies of loops as often as they run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            inner = 1
+            for axis in contracted:
+                inner *= equation.invars[0].aval.shape[axis]
+            total += 2 * inner * equation.outvars[0].aval.size
+        for inside in jax.extend.core.jaxprs_in_params(equation.params):
+            total += dot_flops(inside, equation.params.get("length", 1))
+    return total * times
+
+
+@pytest.mark.parametrize("image", [1280, None])
+def test_a_traced_forward_pass_has_as_much(image):
+    channels = 36 if image else 16
+    config = DiTConfig(num_layers=3, image_dim=image, in_channels=channels)
+    graph, state = nnx.split(abstract_network("dit", config, jnp.bfloat16))
+    grid = (2, 32, 32)
+    given = condition("480p33", 1)
+    latents = jax.ShapeDtypeStruct((1, *grid, 16), jnp.float32)
+    frame = jax.ShapeDtypeStruct((1, *grid, 20), jnp.float32) if image else None
+    told = (given.text, given.image if image else None, frame)
+    call = lambda state, x, t, *told: nnx.merge(graph, state)(x, t, *told)  # noqa: E731
+    jaxpr = jax.make_jaxpr(call)(state, latents, jax.ShapeDtypeStruct((1,), jnp.float32), *told)
+    assert any(e.primitive.name == "dot_general" for e in equations(jaxpr.jaxpr))
+    assert work.forward(config, grid).total == pytest.approx(dot_flops(jaxpr.jaxpr), rel=5e-3)
+
+
+def test_chips_are_known_by_their_kinds():
+    kinds = [kind for chip in CHIPS.values() for kind in chip.device_kinds]
+    assert len(kinds) == len(set(kinds))
+    assert chip_of("NVIDIA H100 80GB HBM3") is CHIPS["h100"]
+    assert chip_of("cpu") is None
+    assert all(0 < chip.capacity < chip.memory for chip in CHIPS.values())

@@ -24,11 +24,13 @@ from wanjax.data.report import describe_films, refuse_cropped, summary, warn_of_
 from wanjax.errors import UserError, run_script, some
 from wanjax.pipeline import Pipeline
 from wanjax.precision import parse_dtype
+from wanjax.programs import keep_programs
 from wanjax.progress import progress_bar
 from wanjax.weights import fingerprint
 
 
 def main() -> None:
+    keep_programs()
     preset, job = command_line(lambda preset: preset.encode, __doc__)
     shots = read_dataset(job.data, job.default_caption)
     cut = windows(shots, job.frames, job.fps, job.stride, job.skip_short, job.cover_end)

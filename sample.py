@@ -43,6 +43,7 @@ from wanjax.outputs import require_writable
 from wanjax.pictures import check_pictures, read_picture
 from wanjax.pipeline import Conditioned, Pipeline
 from wanjax.precision import parse_dtype
+from wanjax.programs import keep_programs
 from wanjax.solvers import check_seed, make_schedule
 from wanjax.text_files import read_objects, whole_characters
 from wanjax.weights import fingerprint
@@ -57,6 +58,7 @@ NOT_IN_A_VIDEO = frozenset(["out", "jobs", "mesh", "residency"])  # where it is 
 
 
 def main() -> None:
+    keep_programs()
     preset, job = command_line(lambda preset: preset.sample, __doc__)
     wanted = requests(job)
     videos = [video for video in wanted if not video.out.exists()]

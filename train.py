@@ -37,6 +37,7 @@ from wanjax.loop import Loop
 from wanjax.metrics import read_metrics
 from wanjax.outputs import LOCK, alone, require_writable, whole_file
 from wanjax.precision import parse_dtype
+from wanjax.programs import keep_programs
 from wanjax.sharding import check_heads
 from wanjax.training import TrainConfig, Trainer, check_config, free_to_change
 from wanjax.types import Batch
@@ -50,6 +51,7 @@ from wanjax.weights import (
 
 
 def main() -> None:
+    keep_programs()
     preset, job = command_line(lambda preset: preset.train, __doc__)
     mesh = parse_mesh(job.mesh)
     check_config(job.settings, mesh)

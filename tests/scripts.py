@@ -157,17 +157,18 @@ def film(seed: int, frames: int = 25) -> np.ndarray:
 def start(
     *words: object,
     cwd: Path,
-    environment: Mapping[str, str] | None = None,
+    environment: Mapping[str, str | None] | None = None,
     largest_file: int | str = "unlimited",
 ) -> subprocess.Popen:
     """Start `python WORDS` (a script of the project, or -m) in `cwd`; no file grows larger than
-    `largest_file` kilobytes."""
+    `largest_file` kilobytes. What is None in the `environment` is not in it."""
     first = str(ROOT / str(words[0])) if str(words[0]).endswith(".py") else str(words[0])
+    variables = os.environ | ENVIRONMENT | dict(environment or {})
     limit = ("bash", "-c", 'ulimit -f "$0"; exec "$@"', str(largest_file))
     return subprocess.Popen(
         [*limit, sys.executable, first, *map(str, words[1:])],
         cwd=cwd,
-        env=os.environ | ENVIRONMENT | dict(environment or {}),
+        env={name: value for name, value in variables.items() if value is not None},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -175,7 +176,7 @@ def start(
 
 
 def run(
-    *words: object, cwd: Path, code: int = 0, environment: Mapping[str, str] | None = None
+    *words: object, cwd: Path, code: int = 0, environment: Mapping[str, str | None] | None = None
 ) -> str:
     """Run it to its end, which has to be exit code `code` without a traceback; its stderr."""
     return ended(start(*words, cwd=cwd, environment=environment), code)

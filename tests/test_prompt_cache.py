@@ -8,7 +8,7 @@ import pytest
 
 import wanjax
 from wanjax import prompt_cache
-from wanjax.prompt_cache import PromptCache, default_folder
+from wanjax.prompt_cache import PromptCache
 
 IDS = np.asarray([7, 8, 1])
 FEATURES = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
@@ -72,13 +72,6 @@ def test_a_folder_that_cannot_be_written_is_done_without(tmp_path):
     cache = PromptCache("encoder", "float32", tmp_path / "file" / "below")
     cache.put(IDS, FEATURES)
     assert cache.get(IDS) is None
-
-
-def test_the_folder_follows_xdg(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "wanjax" / "prompts"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_folder().parts[-3:] == (".cache", "wanjax", "prompts")
 
 
 @pytest.mark.compiles

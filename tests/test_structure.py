@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each row imports only rows before it.
 ROWS = [
     ["types", "errors", "progress", "chips"],
-    ["precision", "sharding", "rope", "outputs", "residency", "text_files"],
-    ["attention", "tensor_files", "metrics"],
+    ["precision", "sharding", "rope", "outputs", "residency", "text_files", "user_cache"],
+    ["attention", "tensor_files", "metrics", "programs"],
     ["nn"],
     ["causal"],
     ["models"],

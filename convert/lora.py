@@ -17,8 +17,9 @@ from convert.dit import rows
 from convert.networks import check_types
 from wanjax.checkpoint import ADAPTER_FORMAT, load_lora, save_lora
 from wanjax.errors import UserError, nearest
-from wanjax.lora import CROSS_IMAGE, STACK, LayerAdapter, LoRA, require_finite
+from wanjax.lora import CROSS_IMAGE, LayerAdapter, LoRA, require_finite
 from wanjax.models.dit import DiTConfig
+from wanjax.nn import STACK
 from wanjax.outputs import whole_file
 from wanjax.tensor_files import SafetensorsWriter, read_safetensors
 

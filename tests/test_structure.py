@@ -14,9 +14,9 @@ ROWS = [
     ["precision", "sharding", "rope", "outputs", "residency", "text_files", "user_cache"],
     ["attention", "tensor_files", "metrics", "programs"],
     ["nn"],
-    ["causal"],
+    ["causal", "quantisation"],
     ["models"],
-    ["lora", "flow", "solvers", "text", "work"],
+    ["lora", "flow", "solvers", "text", "work", "placement"],
     ["denoising", "conditioning", "weights", "checkpoint", "prompt_cache", "latents"]
     + ["data", "eval"],
     ["pictures"],

@@ -26,8 +26,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from rich.filesize import decimal
 
 from wanjax.errors import UserError
-from wanjax.lora import STACK, LayerAdapter, LoRA, require_finite
+from wanjax.lora import LayerAdapter, LoRA, require_finite
 from wanjax.metrics import read_metrics
+from wanjax.nn import STACK
 from wanjax.outputs import whole_file
 from wanjax.tensor_files import SafetensorsWriter, read_safetensors
 from wanjax.types import PathLike

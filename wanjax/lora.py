@@ -5,7 +5,7 @@ a split by that type: the frozen base is an input that nothing differentiates. A
 adapters apart from any model, as files hold it. Source: Hu et al., arXiv 2106.09685.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -15,11 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from wanjax.errors import UserError, nearest
-from wanjax.nn import Linear
+from wanjax.nn import Linear, linears
 from wanjax.precision import matmul_precision
+from wanjax.quantisation import QuantisedKernel
 from wanjax.types import PathLike
 
-STACK = "blocks"  # adapters live on the stacked transformer blocks
 SELF = tuple(f"self_attn.{x}" for x in "qkvo")
 CROSS = tuple(f"cross_attn.{x}" for x in "qkvo")
 CROSS_IMAGE = ("cross_attn.k_img", "cross_attn.v_img")
@@ -90,13 +90,6 @@ class LoRA:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
-    """Every adaptable layer of the stacked blocks, with its role."""
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear) and path[0] == STACK:
-            yield ".".join(map(str, path[1:])), module
-
-
 def select(model: nnx.Module, targets: str | Sequence[str]) -> dict[str, Linear]:
     """The layers that `targets` names: a preset of `TARGETS`, or a list of roles, all of which
     must exist. A preset leaves out the image roles in a model without an image branch."""
@@ -126,7 +119,7 @@ def attach(
         shape = (*lead, d_in, rank)
         down = jax.random.uniform(rngs.params(), shape, jnp.float32, -limit, limit)
         up = jnp.zeros((*lead, rank, d_out), jnp.float32)
-        layer.lora = Adapter(down, up, alpha / rank, layer.kernel.get_metadata()["axes"])
+        layer.lora = Adapter(down, up, alpha / rank, layer.axes)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -157,13 +150,21 @@ def apply(model: nnx.Module, loras: Sequence[tuple[LoRA, float]]) -> None:
             scales = [strength * adapter.alpha / adapter.rank for adapter, strength in found]
             down = np.concatenate([down for down, _ in pairs], axis=-1)
             up = np.concatenate([up * s for (_, up), s in zip(pairs, scales)], axis=-2)
-            axes = layer.kernel.get_metadata()["axes"]
             down, up = (jnp.asarray(x, jnp.float32) for x in (down, up))
-            layer.lora = Adapter(down, up, 1.0, axes)
+            layer.lora = Adapter(down, up, 1.0, layer.axes)
 
 
 def merge(model: nnx.Module) -> None:
-    """Add every adapter to its kernel (in fp32, rounded once) and empty the slots, in place."""
+    """Add every adapter to its kernel (in fp32, rounded once) and empty the slots, in place.
+
+    Raises `UserError` for a quantised base: codes would swallow most of a small change.
+    """
+    for role, layer in linears(model):
+        if layer.lora is not None and isinstance(layer.kernel, QuantisedKernel):
+            raise UserError(
+                f"An adapter cannot be added to '{role}', whose base is quantised; merge it into "
+                "the model as it was converted (base=bfloat16)."
+            )
     for _, layer in linears(model):
         if layer.lora is not None:
             change = jnp.matmul(

@@ -5,7 +5,7 @@ input and its kernel to the row's compute type, in whatever type the kernel is s
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from wanjax.precision import TABLE, Kind, Precision, matmul_precision, precision_of
 
 NORM, BIAS = TABLE["norm"], TABLE["bias"].storage
+STACK = "blocks"  # where networks have their stacked blocks
 
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
@@ -34,7 +35,10 @@ def product(
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, with a slot where an adapter (`wanjax.lora`) may add its side path."""
+    """`x @ kernel + bias`, with a slot where an adapter (`wanjax.lora`) may add its side path.
+
+    In the place of the kernel may stand what gives it by `[...]` (`wanjax.quantisation`).
+    """
 
     def __init__(
         self,
@@ -47,7 +51,7 @@ class Linear(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.precision = precision_of(kind, dtype)
+        self.precision, self.axes = precision_of(kind, dtype), axes
         kernel = xavier_uniform(rngs.params(), (d_in, d_out), self.precision.storage)
         self.kernel = nnx.Param(kernel, axes=axes)
         self.bias = nnx.Param(jnp.zeros(d_out, BIAS), axes=axes[1:]) if bias else None
@@ -55,7 +59,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C2"]:
         x = x.astype(self.precision.compute)
-        y = product(x, self.kernel[...], self.precision)
+        multiply = lambda x, kernel: product(x, kernel[...], self.precision)  # noqa: E731
+        if not isinstance(self.kernel, nnx.Variable):
+            multiply = jax.checkpoint(multiply)  # what it gives is never kept for the gradient
+        y = multiply(x, self.kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         if self.lora is not None:
@@ -169,6 +176,13 @@ _conv_2d.defvjp(_conv_2d_forward, _conv_2d_backward)
 def stack(count: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
     """`count` layers of one kind as a single module whose every parameter has a leading axis."""
     return nnx.split_rngs(splits=count)(nnx.vmap(build, in_axes=0, out_axes=0))(rngs)
+
+
+def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
+    """Every `Linear` of the stacked blocks, with its role in a block (`cross_attn.q`)."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear) and path[0] == STACK:
+            yield ".".join(map(str, path[1:])), module
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:

@@ -16,20 +16,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from wanjax.errors import UserError
 from wanjax.models import NETWORKS, Config
 from wanjax.models.check import check_config, check_runs
 from wanjax.outputs import whole_folder
+from wanjax.placement import place, place_quantised, sharding_of
 from wanjax.precision import F32, is_coarser
 from wanjax.progress import progress_bar
-from wanjax.sharding import spec
+from wanjax.quantisation import (
+    UNQUANTISED,
+    Base,
+    QuantisedVariable,
+    kernel_shape,
+    quantise,
+)
 from wanjax.tensor_files import (
     SafetensorsWriter,
     drop_pages,
@@ -141,16 +147,32 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / "config.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
-def abstract_network(network: str, config: Config, dtype: DTypeLike) -> nnx.Module:
-    """The network with shapes and types in place of arrays."""
-    build = NETWORKS[network][0]
-    return nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0)))
+def abstract_network(
+    network: str, config: Config, dtype: DTypeLike, base: Base = UNQUANTISED
+) -> nnx.Module:
+    """The network with shapes and types in place of arrays, its kernels quantised as `base` says.
+
+    Raises `UserError` for a network that has none of the layers which are quantised.
+    """
+
+    def build() -> nnx.Module:
+        model = NETWORKS[network][0](config, dtype=dtype, rngs=nnx.Rngs(0))
+        quantise(model, base)
+        return model
+
+    return nnx.eval_shape(build)
 
 
-def device_bytes(network: str, config: Config, dtype: DTypeLike, mesh: Mesh | None = None) -> int:
+def device_bytes(
+    network: str,
+    config: Config,
+    dtype: DTypeLike,
+    mesh: Mesh | None = None,
+    base: Base = UNQUANTISED,
+) -> int:
     """What a network's weights take on one device."""
-    leaves = parameters(abstract_network(network, config, dtype)).values()
-    shards = [x.shape if mesh is None else _sharding(x, mesh).shard_shape(x.shape) for x in leaves]
+    leaves = parameters(abstract_network(network, config, dtype, base)).values()
+    shards = [sharding_of(x, mesh).shard_shape(x.shape) for x in leaves]
     return sum(math.prod(shard) * x.dtype.itemsize for shard, x in zip(shards, leaves))
 
 
@@ -177,13 +199,19 @@ def parameters(module: nnx.Module) -> dict[str, nnx.Variable]:
 
 
 def load_network(
-    folder: PathLike, network: str, *, dtype: DTypeLike, mesh: Mesh | None = None
+    folder: PathLike,
+    network: str,
+    *,
+    dtype: DTypeLike,
+    mesh: Mesh | None = None,
+    base: Base = UNQUANTISED,
 ) -> nnx.Module:
     """One network of a native folder, on the default device, or sharded over `mesh`.
 
-    Leaves get the types that `wanjax.precision` says for the asked `dtype`. Of each only the byte
-    ranges of the local shards are read. Warns of a file that has lost what should be fp32. Raises
-    `UserError`, naming the file and the tensor, for a folder that does not hold the network whole.
+    Leaves get the types that `wanjax.precision` says for the asked `dtype`, or are quantised as
+    `base` says, a layer at a time. Of each only the byte ranges of the local shards are read. Warns
+    of a file that has lost what should be fp32. Raises `UserError`, naming the file and the tensor,
+    for a folder that does not hold the network whole.
     """
     configs = read_config(folder)
     if network not in configs:
@@ -193,18 +221,31 @@ def load_network(
         )
     path = Path(folder) / f"{network}.safetensors"
     tensors = read_safetensors(path).tensors
-    graph, state = nnx.split(abstract_network(network, configs[network], dtype))
-    variables = nnx.to_flat_state(state)
-    _check(path, tensors, {".".join(map(str, p)): v.shape for p, v in variables})
+    graph, state = nnx.split(abstract_network(network, configs[network], dtype, base))
+    variables = _by_tensor(state)
+    _check(path, tensors, {name: _tensor_shape(of) for name, of in variables.items()})
     _warn_of_lost(path, network, configs[network], {k: t.dtype for k, t in tensors.items()})
     total = sum(t.nbytes for t in tensors.values())
     with progress_bar(f"Loading {network}", total, unit="bytes", hidden=total < 1 << 30) as bar:
-        for keys, variable in variables:
-            view = tensors[".".join(map(str, keys))]
-            variable.set_value(_place(view, variable, mesh))
+        for name, of_tensor in variables.items():
+            view = tensors[name]
+            (place_quantised if len(of_tensor) > 1 else place)(view, *of_tensor, mesh)
             drop_pages(view)
             bar.advance(view.nbytes)
     return nnx.merge(graph, state)
+
+
+def _by_tensor(state: nnx.State) -> dict[str, list[nnx.Variable]]:
+    """The variables that each tensor of a file becomes: one, or a quantised kernel's two."""
+    found: dict[str, list[nnx.Variable]] = {}
+    for keys, variable in nnx.to_flat_state(state):
+        keys = keys[:-1] if isinstance(variable, QuantisedVariable) else keys
+        found.setdefault(".".join(map(str, keys)), []).append(variable)
+    return found
+
+
+def _tensor_shape(variables: list[nnx.Variable]) -> tuple[int, ...]:
+    return variables[0].shape if len(variables) == 1 else kernel_shape(variables[0])
 
 
 def _check(path: Path, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple]) -> None:
@@ -246,27 +287,6 @@ def _warn_of_lost(path: Path, network: str, config: Config, types: Mapping[str, 
         )
 
 
-def _place(view: np.ndarray, variable: nnx.Variable, mesh: Mesh | None) -> jax.Array:
-    """The leaf on its devices, in the variable's type; each distinct shard is read once."""
-    sharding = _sharding(variable, mesh)
-    shards: dict[str, np.ndarray] = {}
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if str(index) not in shards:
-            shards[str(index)] = view[index].astype(variable.dtype, order="C")
-        return shards[str(index)]
-
-    array = jax.make_array_from_callback(view.shape, sharding, read)
-    return array.block_until_ready()  # so that no second leaf waits on the host
-
-
-def _sharding(variable: nnx.Variable, mesh: Mesh | None) -> jax.sharding.Sharding:
-    if mesh is None:
-        return SingleDeviceSharding(jax.local_devices()[0])
-    axes = variable.get_metadata().get("axes") or ()
-    return NamedSharding(mesh, spec(axes, variable.shape, mesh))
-
-
 def save_native(
     folder: PathLike, networks: Mapping[str, nnx.Module], tokenizer: PathLike | None = None
 ) -> None:
@@ -286,6 +306,11 @@ def save_native(
 def _write_network(folder: Path, name: str, module: nnx.Module) -> None:
     leaves = parameters(module)
     expected = parameters(abstract_network(name, module.config, jnp.float32))
+    if any(isinstance(leaf, QuantisedVariable) for leaf in leaves.values()):
+        raise UserError(
+            f"The {name} is quantised, and codes are no checkpoint; save it as it was loaded with "
+            f"base={UNQUANTISED}."
+        )
     if leaves.keys() != expected.keys():
         odd = sorted(leaves.keys() ^ expected.keys())[0]
         raise UserError(

@@ -143,7 +143,10 @@ def attention(repeats: int) -> Iterator[Line]:
         q, k, v, change = (normal(i, 1, length, HEADS, HEAD_SIZE) for i in range(4))
         forward = jax.jit(compute)
         yield timed(
-            f"attention, {length:,} tokens", lambda: forward(q, k, v), flops, repeats  # noqa: B023
+            f"attention, {length:,} tokens",
+            lambda: forward(q, k, v),
+            flops,
+            repeats,  # noqa: B023
         )
         back = jax.jit(lambda q, k, v, change: jax.vjp(compute, q, k, v)[1](change))
         both = work.BACKWARD_OF_ATTENTION + 1

@@ -1,8 +1,8 @@
 """The true programs compiled for chips that are not here: `python -m tests.plan [WORD ...]`.
 
 `make test-plan` prints, for every case (or those whose name has one of the words), peak memory of a
-chip as the compiler counts it and the bytes that a chip sends in a step (`tests/wire.py`), beside
-the goal and the nearest peer; it fails where a goal is missed. A case takes minutes on two cores.
+chip as the compiler counts it and the bytes that a chip sends in a step, beside the goal and the
+nearest peer; it fails where a goal is missed. A case takes minutes on two cores.
 """
 
 import math
@@ -21,8 +21,8 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here touches
 import jax
 from jax.experimental import topologies
 
-from tests import wire
 from tests.real_size import trace_denoise_step, trace_train_step, trace_vae
+from wanjax.planning import wire
 from wanjax.sharding import make_mesh
 
 GIB, GB = 1 << 30, 10**9

@@ -17,10 +17,10 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tests.wire import collectives
 from wanjax.denoising import Branches, Rows, denoise_step, prepare_rows
 from wanjax.models.dit import DiT, DiTConfig
 from wanjax.models.vae import VAE, VAEConfig
+from wanjax.planning.wire import collectives
 from wanjax.sharding import make_mesh, shardings, spec
 from wanjax.solvers import Coefficients, State
 from wanjax.training import TrainConfig, TrainState, make_optimizer, prepare_model, train_step

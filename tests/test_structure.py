@@ -21,6 +21,7 @@ ROWS = [
     + ["data", "eval"],
     ["pictures"],
     ["pipeline", "training", "loop"],
+    ["planning"],
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 

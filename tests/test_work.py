@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from tests.real_size import GRIDS, condition, equations
+from tests.real_size import GRIDS, condition
 from wanjax import work
 from wanjax.chips import CHIPS, chip_of
 from wanjax.models.dit import DiTConfig
+from wanjax.nn import conv
 from wanjax.weights import abstract_network
 
 CONFIG = DiTConfig()
@@ -30,21 +31,6 @@ def test_real_sizes(size, forward, training):
     assert found == pytest.approx(training, rel=1e-2)
 
 
-def dot_flops(jaxpr, times: int = 1) -> int:
-    """FLOP of every product in a jaxpr, bodies of loops as often as they run."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            contracted = equation.params["dimension_numbers"][0][0]
-            inner = 1
-            for axis in contracted:
-                inner *= equation.invars[0].aval.shape[axis]
-            total += 2 * inner * equation.outvars[0].aval.size
-        for inside in jax.extend.core.jaxprs_in_params(equation.params):
-            total += dot_flops(inside, equation.params.get("length", 1))
-    return total * times
-
-
 @pytest.mark.parametrize("image", [1280, None])
 def test_a_traced_forward_pass_has_as_much(image):
     channels = 36 if image else 16
@@ -57,8 +43,7 @@ def test_a_traced_forward_pass_has_as_much(image):
     told = (given.text, given.image if image else None, frame)
     call = lambda state, x, t, *told: nnx.merge(graph, state)(x, t, *told)  # noqa: E731
     jaxpr = jax.make_jaxpr(call)(state, latents, jax.ShapeDtypeStruct((1,), jnp.float32), *told)
-    assert any(e.primitive.name == "dot_general" for e in equations(jaxpr.jaxpr))
-    assert work.forward(config, grid).total == pytest.approx(dot_flops(jaxpr.jaxpr), rel=5e-3)
+    assert work.forward(config, grid).total == pytest.approx(work.counted(jaxpr.jaxpr), rel=5e-3)
 
 
 def test_chips_are_known_by_their_kinds():
@@ -67,3 +52,15 @@ def test_chips_are_known_by_their_kinds():
     assert chip_of("NVIDIA H100 80GB HBM3") is CHIPS["h100"]
     assert chip_of("cpu") is None
     assert all(0 < chip.capacity < chip.memory for chip in CHIPS.values())
+
+
+def test_convolutions_and_loops_are_counted():
+    x = jax.ShapeDtypeStruct((1, 8, 10, 3), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 3, 5), jnp.float32)
+
+    def run(x, kernel):
+        again = lambda x, _: (x, conv(x, kernel, strides=(1, 1), padding=((1, 1), (1, 1))).sum())  # noqa: E731
+        return jax.lax.scan(again, x, None, length=7)
+
+    jaxpr = jax.make_jaxpr(run)(x, kernel)
+    assert work.counted(jaxpr.jaxpr) == 7 * 2 * (3 * 3 * 3) * (8 * 10 * 5)

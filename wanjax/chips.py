@@ -29,7 +29,13 @@ class Chip:
     link: float
     """Bytes/s to the other chips of its slice or host, all its links together."""
     memory: int
-    """Bytes that a program may have: on TPU what the compiler allows, on a GPU the card's."""
+    """Bytes of it: on a TPU what its compiler lets a program have, on a GPU what its driver has
+    (the H100's was seen, the others' are of the same share of the card's)."""
+    reached: float
+    """The share of `flops` that a step of the 14B reaches: measured on H100 (docs/benchmarks.md),
+    assumed for the others after the rates that are published for their attention kernels."""
+    fp32: float
+    """fp32 products, FLOP/s: a TPU makes them of six in bf16."""
     is_gpu: bool = False
 
     @property
@@ -39,23 +45,34 @@ class Chip:
         return int(self.memory * share) - RESERVE
 
 
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 819e9, 4 * 45e9, int(15.75 * GIB)),
-        Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 2765e9, 6 * 90e9, int(95.74 * GIB)),
-        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 1640e9, 4 * 90e9, int(31.25 * GIB)),
-        Chip("tpu7x", ("TPU7x",), 1153.5e12, 3690e9, 300e9, int(94.75 * GIB)),
-        Chip("h100", ("NVIDIA H100 80GB HBM3",), 989.4e12, 3350e9, 450e9, 81_559 << 20, True),
-        Chip("h200", ("NVIDIA H200",), 989.4e12, 4800e9, 450e9, 143_771 << 20, True),
-        Chip(
-            "a100",
-            ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"),
-            312e12, 2039e9, 300e9, 81_920 << 20, True,
-        ),
-        Chip("rtx4090", ("NVIDIA GeForce RTX 4090",), 165.2e12, 1008e9, 32e9, 24_564 << 20, True),
+def _tpu(
+    name: str, kinds: tuple[str, ...], tera: float, giga: float, link: float, gib: float, r: float
+) -> Chip:
+    return Chip(
+        name, kinds, tera * 1e12, giga * 1e9, link * 1e9, int(gib * GIB), r, tera * 1e12 / 6
     )
-}  # fmt: skip
+
+
+def _gpu(
+    name: str, kinds: tuple[str, ...], tera: float, giga: float, link: float, gib: float, r: float,
+    fp32: float,
+) -> Chip:  # fmt: skip
+    rates = tera * 1e12, giga * 1e9, link * 1e9
+    return Chip(name, kinds, *rates, int(gib * GIB), r, fp32 * 1e12, is_gpu=True)
+
+
+# TFLOP/s, GB/s of the memory and of the links, GiB, the share that is reached; TFLOP/s in fp32.
+_ALL = (
+    _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197, 819, 4 * 45, 15.75, 0.8),
+    _tpu("v5p", ("TPU v5", "TPU v5p"), 459, 2765, 6 * 90, 95.73, 0.88),
+    _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918, 1640, 4 * 90, 31.24, 0.73),
+    _tpu("tpu7x", ("TPU7x",), 1153.5, 3690, 300, 94.74, 0.6),
+    _gpu("h100", ("NVIDIA H100 80GB HBM3",), 989.4, 3350, 450, 79.1, 0.58, 67),
+    _gpu("h200", ("NVIDIA H200",), 989.4, 4800, 450, 139.7, 0.6, 67),
+    _gpu("a100", ("NVIDIA A100-SXM4-80GB",), 312, 2039, 300, 79.1, 0.5, 19.5),
+    _gpu("rtx4090", ("NVIDIA GeForce RTX 4090",), 165.2, 1008, 32, 23.6, 0.6, 82.6),
+)
+CHIPS = {chip.name: chip for chip in _ALL}
 
 
 def chip_of(device_kind: str) -> Chip | None:

@@ -100,7 +100,7 @@ def image_tokens(
     image_encoder: CLIPVision, pictures: Float[np.ndarray, "P H W 3"]
 ) -> Float[Array, "1 S C"]:
     """CLIP's tokens of the picture(s), joined along S."""
-    tokens = _encode_image(image_encoder, pictures)
+    tokens = encode_pixels(image_encoder, pictures)
     return tokens.reshape(1, -1, tokens.shape[-1])
 
 
@@ -114,18 +114,20 @@ def encode_text(text_encoder: UMT5, tokens: Tokens) -> list[Float[np.ndarray, "L
     """umT5 features of each prompt, zero after its end; one at a time, to bound memory."""
     features = []
     for ids, mask in zip(tokens.ids, tokens.mask):
-        encoded = _encode_tokens(text_encoder, ids[None], mask[None])
+        encoded = encode_ids(text_encoder, ids[None], mask[None])
         features.append(np.asarray(zero_padding(encoded, mask[None])[0]))
     return features
 
 
 @jax.jit
-def _encode_image(image_encoder: CLIPVision, pixels: Float[Array, "B H W 3"]) -> jax.Array:
+def encode_pixels(image_encoder: CLIPVision, pixels: Float[Array, "B H W 3"]) -> jax.Array:
+    """CLIP's tokens, one program for each number of pictures."""
     return image_encoder(pixels)
 
 
 @jax.jit
-def _encode_tokens(text_encoder: UMT5, ids: jax.Array, mask: jax.Array) -> jax.Array:
+def encode_ids(text_encoder: UMT5, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """umT5's last hidden state, one program for each length."""
     return text_encoder(ids, mask)
 
 

@@ -9,6 +9,8 @@ norms and embeddings of time are left out: together less than a hundredth.
 from dataclasses import dataclass
 from math import prod
 
+from jax.extend.core import Jaxpr, jaxprs_in_params
+
 from wanjax.models.dit import DiTConfig
 
 BACKWARD_OF_ATTENTION = 2.5
@@ -83,3 +85,33 @@ def train_step(
         "offload": once.matrices + attention,
     }[remat]
     return windows * (work + again)
+
+
+def counted(jaxpr: Jaxpr) -> float:
+    """FLOP of every product and convolution in a traced program, bodies of scans as often as they
+    run: for networks that have no formula here."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            inner = prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * inner * equation.outvars[0].aval.size
+        elif equation.primitive.name == "conv_general_dilated":
+            outputs = equation.params["dimension_numbers"].rhs_spec[0]
+            kernel = equation.invars[1].aval
+            inner = kernel.size // kernel.shape[outputs]
+            total += 2 * inner * equation.outvars[0].aval.size
+        times = equation.params.get("length", 1)
+        inside = [counted(inner) for inner in jaxprs_in_params(equation.params)]
+        alternatives = equation.primitive.name in ("cond", "platform_index")
+        total += times * (max(inside, default=0) if alternatives else sum(inside))
+    return total
+
+
+def traffic(config: DiTConfig, latents: tuple[int, int, int], *, rows: int, passes: int) -> float:
+    """Bytes of activations that `passes` passes over the blocks must read or write for `rows`
+    videos: 2 for each number that a matrix reads or writes, and 4 for the residual stream, three
+    times a block, with its norms. Weights are not in it."""
+    n, d = tokens(config, latents), config.dim
+    in_block = 2 * (14 * d + 2 * config.ffn_dim) + 3 * 10 * d
+    return float(rows * passes * config.num_layers * n * in_block)

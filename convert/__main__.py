@@ -16,7 +16,7 @@ from wanjax.tensor_files import DTYPES
 
 _DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}
 
-_OPTIONS = ("--dtype", "--only", "--format", "--from", "--help")
+_OPTIONS = ("--dtype", "--only", "--format", "--from", "--delete-source", "--help")
 
 _EXAMPLES = """\
 examples:
@@ -24,6 +24,8 @@ examples:
   python -m convert pipeline Wan2.1-I2V-14B-720P checkpoints/i2v_14b_720p
   # half the size on the disk; what is computed in float32 (norms, VAE, ...) stays in float32
   python -m convert pipeline Wan2.1-I2V-14B-720P checkpoints/i2v_14b_720p --dtype bfloat16
+  # on a disk that does not hold both: 82 GB of source become 47 GB
+  python -m convert pipeline Wan2.1-I2V-14B-720P NEW --dtype bfloat16 --delete-source
   # ComfyUI's files: one of them, or a folder of them
   python -m convert pipeline wan2.1_i2v_720p_14B_bf16.safetensors checkpoints/dit_only
   # back again; --from puts back what we do not keep (the text half of CLIP)
@@ -86,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         help="type of the large matrices (default: each tensor keeps its type)",
     )
     pipeline.add_argument("--only", **only)
+    pipeline.add_argument(
+        "--delete-source",
+        action="store_true",
+        help="delete each file of weights in SRC once it is safely written, to need less disk; "
+        "after an interruption the same command goes on",
+    )
 
     out = command("export", "Write a native folder in another format.")
     out.add_argument("folder", type=Path, metavar="DST", help="the native folder")
@@ -138,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     if args.command == "pipeline":
         dtype: np.dtype | None = _DTYPES.get(args.dtype)
-        report = convert_pipeline(args.src, args.dst, dtype=dtype, only=args.only)
+        report = convert_pipeline(args.src, args.dst, dtype, args.only, args.delete_source)
     elif args.command == "export":
         report = export(args.folder, args.out, args.format, origin=args.origin, only=args.only)
     elif args.command == "lora":

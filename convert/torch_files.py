@@ -8,7 +8,6 @@ by its name. Storages are views of the mapped file. Source: `torch/serialization
 
 import io
 import math
-import mmap
 import os
 import pickle
 import struct
@@ -22,7 +21,7 @@ import numpy as np
 
 from convert.stream import Advance, Planned
 from wanjax.errors import UserError
-from wanjax.tensor_files import refuse_pointer
+from wanjax.tensor_files import MappedFile, refuse_pointer
 
 STORAGES: dict[str, np.dtype] = {
     "DoubleStorage": np.dtype(np.float64),
@@ -52,7 +51,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         with path.open("rb") as file:
             if file.read(4) != b"PK\x03\x04":
                 raise _not_a_zip(path)
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = MappedFile.open(file, path)
             members = _members(path, file, data)
     except PermissionError as error:
         raise UserError(f"{path} may not be read; change its permissions.") from error
@@ -77,7 +76,7 @@ def _not_a_zip(path: Path) -> UserError:
     return UserError(f"{path} {kind}; {remedy}.")
 
 
-def _members(path: Path, file: io.BufferedReader, data: mmap.mmap) -> dict[str, memoryview]:
+def _members(path: Path, file: io.BufferedReader, data: MappedFile) -> dict[str, memoryview]:
     """The archive's members as views of the mapped file."""
     try:
         entries = zipfile.ZipFile(file).infolist()

@@ -138,10 +138,20 @@ def require_writable(path: Path) -> None:
         )
 
 
+def free_space(path: Path) -> str:
+    """What can be said of the disk that holds `path`, whether or not that exists yet."""
+    disk = shutil.disk_usage(_standing(path))
+    return f"its disk has {decimal(disk.free)} free" if disk.total else "its disk tells no size"
+
+
+def _standing(path: Path) -> Path:
+    """`path`, or what there is of the way to it."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 def require_space(path: Path, needed: int) -> None:
     """Refuse, before any work, what the disk that holds `path` has no room for (in bytes)."""
-    place = next(p for p in (path, *path.absolute().parents) if p.exists())
-    disk = shutil.disk_usage(place)
+    disk = shutil.disk_usage(_standing(path))
     # Some network file systems report a size of zero: nothing can be told from that.
     if disk.total and disk.free < needed:
         raise UserError(

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -45,6 +46,33 @@ _PIECE = 64 << 20
 _STRIP = 16
 
 
+class MappedFile(mmap.mmap):
+    """A file mapped to be read, which remembers its place; so every view of it does."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, file: BinaryIO, path: Path) -> "MappedFile":
+        mapped = cls(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped.path = path
+        return mapped
+
+
+def mapped_file(array: np.ndarray) -> MappedFile | None:
+    """The file of which an array is a view, if it is."""
+    owner: object = array
+    while owner is not None and not isinstance(owner, MappedFile):
+        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+    return owner
+
+
+def span(array: np.ndarray, file: MappedFile) -> tuple[int, int]:
+    """The bytes of the file under an array: the first, and the one behind the last."""
+    origin = np.frombuffer(file, np.uint8, 1).__array_interface__["data"][0]
+    first, last = np.lib.array_utils.byte_bounds(array)
+    return first - origin, last - origin
+
+
 @dataclass(frozen=True)
 class TensorFile:
     """An open safetensors file: its arrays are read-only views of the mapped file."""
@@ -65,7 +93,7 @@ def read_safetensors(path: Path) -> TensorFile:
         with path.open("rb") as file:
             header, start = _read_header(file, path, size)
             _check_sound(path, header, start, size)
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = MappedFile.open(file, path)
     except PermissionError as error:
         raise UserError(f"{path} may not be read; change its permissions.") from error
     except OSError as error:
@@ -167,7 +195,8 @@ def _short(text: object) -> str:
 class SafetensorsWriter:
     """Writes `path`: the header at once, then parts of tensors in any order. Use with `with`.
 
-    `tensors` gives every tensor's type and shape, in the order in which they lie in the file.
+    `tensors` gives every tensor's type and shape, in the order in which they lie in the file. With
+    `resume` a file that was begun in the same way is gone on with, and one begun otherwise refused.
     """
 
     def __init__(
@@ -175,6 +204,8 @@ class SafetensorsWriter:
         path: Path,
         tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
         metadata: Mapping[str, str] | None = None,
+        *,
+        resume: bool = False,
     ):
         self.path = path
         self._dtypes = {name: np.dtype(dtype) for name, (dtype, _) in tensors.items()}
@@ -192,8 +223,13 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % 64)  # aligned data can be handed to devices as it lies
         self._start, self._missing = 8 + len(text), end
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._write_at(len(text).to_bytes(8, "little") + text, 0)
+        text = len(text).to_bytes(8, "little") + text
+        flags = os.O_RDWR if resume else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        self._fd = os.open(path, flags, 0o644)
+        if resume and os.pread(self._fd, len(text), 0) != text:
+            os.close(self._fd)
+            raise UserError(f"{path} was begun otherwise than it would be gone on with; remove it.")
+        self._write_at(text, 0)
 
     def write(self, name: str, part: np.ndarray, at: int = 0) -> None:
         """Write `part`, which begins `at` elements into the tensor, in its type."""
@@ -206,6 +242,14 @@ class SafetensorsWriter:
             self._write_at(piece.data, self._start + offset)
             offset += piece.nbytes
             self._missing -= piece.nbytes
+
+    def skip(self, nbytes: int) -> None:
+        """So many bytes lie in the file from before."""
+        self._missing -= nbytes
+
+    def sync(self) -> None:
+        """What was written until now outlives a loss of power."""
+        os.fsync(self._fd)
 
     def _write_at(self, data: bytes | memoryview, offset: int) -> None:
         data = memoryview(data)
@@ -248,17 +292,11 @@ def contiguous(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def drop_pages(array: np.ndarray) -> None:
     """Let go of the mapped pages under `array`, if it is a view of a mapped file."""
-    owner = array
-    while isinstance(owner.base, np.ndarray):
-        owner = owner.base
-    mapping = owner.base
-    if isinstance(mapping, memoryview):
-        mapping = mapping.obj
-    if not isinstance(mapping, mmap.mmap):
+    mapping = mapped_file(array)
+    if mapping is None:
         return
-    origin = np.frombuffer(mapping, np.uint8, 1).__array_interface__["data"][0]
-    first, last = np.lib.array_utils.byte_bounds(array)
-    first = -(-(first - origin) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of ours only
-    last = (last - origin) // mmap.PAGESIZE * mmap.PAGESIZE
+    first, last = span(array, mapping)
+    first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of ours only
+    last = last // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first:
         mapping.madvise(mmap.MADV_DONTNEED, first, last - first)

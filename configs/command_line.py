@@ -149,8 +149,11 @@ def _sentence(box: str) -> str:
 
 def parse_mesh(text: str | None) -> Mesh | None:
     """`data=2,ring=1,ulysses=4` as a mesh; None stays None."""
-    if text is None:
-        return None
+    return None if text is None else make_mesh(**parse_axes(text))
+
+
+def parse_axes(text: str) -> dict[str, int]:
+    """`data=2,ulysses=4` as sizes by their axes."""
     axes = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
@@ -160,4 +163,4 @@ def parse_mesh(text: str | None) -> Mesh | None:
         if not (size.isascii() and size.isdecimal()):
             raise UserError(f"--mesh {text}: '{part}' is not AXIS=NUMBER; e.g. data=2,ulysses=4.")
         axes[name] = int(size)
-    return make_mesh(**axes)
+    return axes

@@ -39,10 +39,14 @@ class Chip:
     is_gpu: bool = False
 
     @property
+    def granted(self) -> int:
+        """Bytes that a process gets."""
+        return int(self.memory * (GPU_FRACTION if self.is_gpu else 1.0))
+
+    @property
     def capacity(self) -> int:
         """Bytes for a program: what a process gets, less the reserve."""
-        share = GPU_FRACTION if self.is_gpu else 1.0
-        return int(self.memory * share) - RESERVE
+        return self.granted - RESERVE
 
 
 def _tpu(

@@ -72,14 +72,16 @@ class Residents:
         return self._fit(frozenset().union(*(PHASES[phase] for phase in phases)) & self._names)
 
     def _make_room(self, needed: Set[str]) -> None:
-        while (others := self.here - needed) and not self._fit(self.here | needed):
-            self._leave(max(others, key=self._size))
+        if self.policy == "stay":
+            return
+        memory = 0 if self.policy != "auto" else device_memory()
+        for name in self.here - staying(self.here, needed, self._size, memory):
+            self._leave(name)
 
     def _fit(self, names: Set[str]) -> bool:
         if self.policy != "auto":
             return self.policy == "stay"
-        memory = device_memory()
-        return memory is None or sum(map(self._size, names)) <= FOR_WEIGHTS * memory
+        return _room(names, self._size, device_memory())
 
     def _leave(self, name: str) -> None:
         network, size = self._here.pop(name), self._size(name)
@@ -98,6 +100,21 @@ class Residents:
     def _return(self, name: str) -> nnx.Module:
         graph, state, places = self._waiting.pop(name)
         return nnx.merge(graph, jax.device_put(state, places))
+
+
+def staying(
+    here: Set[str], needed: Set[str], size: Callable[[str], int], memory: int | None
+) -> Set[str]:
+    """The networks that are still there in a phase which needs `needed`, on a device of `memory`
+    bytes (None: it does not tell): the rule above."""
+    here = here | needed
+    while (others := here - needed) and not _room(here, size, memory):
+        here = here - {max(others, key=size)}
+    return here
+
+
+def _room(names: Set[str], size: Callable[[str], int], memory: int | None) -> bool:
+    return memory is None or sum(map(size, names)) <= FOR_WEIGHTS * memory
 
 
 def _copy(x: jax.Array) -> np.ndarray:

@@ -14,13 +14,14 @@ _BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "f32": 32, "s32": 3
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_KINDS = {
+_SENT = {
     "all-gather": lambda n, g: n * (g - 1) / g,
     "reduce-scatter": lambda n, g: n * (g - 1),  # n is the result's, 1/g of the input's
     "all-to-all": lambda n, g: n * (g - 1) / g,
     "all-reduce": lambda n, g: 2 * n * (g - 1) / g,
     "collective-permute": lambda n, g: n,
 }
+KINDS = tuple(_SENT)
 
 
 def collectives(text: str) -> Iterator[tuple[str, list[tuple[int, ...]], float, int]]:
@@ -34,10 +35,10 @@ def collectives(text: str) -> Iterator[tuple[str, list[tuple[int, ...]], float, 
                 continue
             result, opcode, rest = found.groups()
             kind = opcode.removesuffix("-start")
-            if kind in _KINDS:
+            if kind in _SENT:
                 sizes = _arrays(result, opcode)
                 n = sum(math.prod(shape) * bits // 8 for shape, bits in sizes)
-                yield kind, [shape for shape, _ in sizes], _KINDS[kind](n, _group(rest)), times
+                yield kind, [shape for shape, _ in sizes], _SENT[kind](n, _group(rest)), times
             elif opcode == "while":
                 body = re.search(r"body=%?([\w.\-]+)", rest).group(1)
                 yield from walk(body, times * _trips(rest, parts))

@@ -24,8 +24,8 @@ class Near:
 
 def nearest_that_fits(found: Plan, compile_: Compile) -> Near | None:
     """The first of the changes after which the largest phase fits; None where none helps."""
-    name, said, request = found.largest, [], found.request
-    for option, request in changes(request, name):
+    name, said = found.largest, []
+    for option, request in changes(found.request, name):
         said.append(option)
         tried = compile_(request, found.target, found.mesh, (name,))
         if tried.fits:

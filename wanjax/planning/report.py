@@ -7,10 +7,9 @@ from wanjax.chips import GIB, GPU_FRACTION, RESERVE, Chip
 from wanjax.planning.plans import Memory, PhasePlan, Plan, Request
 
 UNKNOWN = "unknown"
-HEAD = (
-    "| phase | arguments | temporaries | peak | idle beside | of | PFLOP | GB sent "
-    "| s: arithmetic | memory | wire | at least |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
-)
+_COLUMNS = ["phase", "arguments", "temporaries", "peak", "idle beside", "of", "PFLOP", "GB sent"]
+_COLUMNS += ["s: arithmetic", "memory", "wire", "at least"]
+HEAD = f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -109,7 +108,8 @@ def verdict(plan: Plan) -> str:
     if capacity is None:
         return f"**Unknown**: {plan.largest} takes {held:.1f} GiB of a device of unknown size."
     text = "Fits" if plan.fits else "Does not fit" if plan.fits is False else "Unknown"
-    text = f"**{text}**: the largest phase, {plan.largest}, takes {held:.1f} of {capacity / GIB:.1f} GiB"
+    text = f"**{text}**: the largest phase, {plan.largest}, takes {held:.1f} GiB"
+    text += f" of {capacity / GIB:.1f}"
     if plan.step is None or plan.step.seconds.estimate is None:
         return text + "."
     s = plan.step.seconds

@@ -21,6 +21,7 @@ from tests.wire import collectives
 from wanjax.denoising import Branches, Rows, denoise_step, prepare_rows
 from wanjax.models.dit import DiT, DiTConfig
 from wanjax.models.vae import VAE, VAEConfig
+from wanjax.quantisation import UNQUANTISED, Base
 from wanjax.sharding import make_mesh, shardings, spec
 from wanjax.solvers import Coefficients, State
 from wanjax.training import TrainConfig, TrainState, make_optimizer, prepare_model, train_step
@@ -77,9 +78,10 @@ def trace_denoise_step(
     *,
     config: DiTConfig = CONFIG,
     branches: Branches = "together",
+    base: Base = UNQUANTISED,
 ) -> jax.stages.Traced:
     """One guided step in bf16."""
-    graph, state = nnx.split(abstract_network("dit", config, jnp.bfloat16))
+    graph, state = nnx.split(abstract_network("dit", config, jnp.bfloat16, base))
     dit: DiT = nnx.merge(graph, placed_state(state, mesh))
     x = jax.ShapeDtypeStruct((1, *GRIDS[size], 16), jnp.float32)
     number = jax.ShapeDtypeStruct((), jnp.float32)
@@ -104,7 +106,7 @@ def trace_train_step(
     def build():
         full = settings.train == "full"
         dtype = jnp.float32 if full or settings.dtype == "float32" else jnp.bfloat16
-        return prepare_model(abstract_network("dit", config, dtype), settings)
+        return prepare_model(abstract_network("dit", config, dtype, settings.base), settings)
 
     graph, trained, frozen = nnx.eval_shape(build)
     trained, frozen = placed_state(trained, mesh), placed_state(frozen, mesh)

@@ -44,6 +44,7 @@ from wanjax.pictures import check_pictures, read_picture
 from wanjax.pipeline import Conditioned, Pipeline
 from wanjax.precision import parse_dtype
 from wanjax.programs import keep_programs
+from wanjax.quantisation import UNQUANTISED
 from wanjax.solvers import check_seed, make_schedule
 from wanjax.text_files import read_objects, whole_characters
 from wanjax.weights import fingerprint
@@ -88,6 +89,7 @@ def open_pipeline(
     pipeline = Pipeline(
         job.checkpoint,
         dtype=parse_dtype(job.dtype),
+        base=job.base,
         residual=job.residual,
         loras=[read_adapter(text) for text in lora],
         mesh=parse_mesh(job.mesh),
@@ -152,6 +154,7 @@ def describe_model(pipeline: Pipeline) -> dict[str, Any]:
         "lora": adapters,
         "dtype": parse_dtype(pipeline.dtype).name,
         "residual": pipeline.residual,
+        **({} if pipeline.base == UNQUANTISED else {"base": pipeline.base}),
     }
 
 

@@ -82,7 +82,7 @@ def run(
     """All that writes into the run."""
     config = job.settings
     dtype = "float32" if config.train == "full" else config.dtype
-    dit = load_network(job.checkpoint, "dit", dtype=parse_dtype(dtype), mesh=mesh)
+    dit = load_network(job.checkpoint, "dit", dtype=parse_dtype(dtype), mesh=mesh, base=config.base)
     trainer = Trainer(dit, config, mesh)
     write_settings(job.run, settings)
     checkpoints = Checkpoints(job.run, keep=config.keep)
@@ -170,7 +170,8 @@ def check_model(preset: str, job: TrainJob, mesh: Mesh | None) -> None:
     config = read_config(job.checkpoint)["dit"]
     check_preset(preset, job.checkpoint, config)
     if job.settings.train == "lora":
-        lora.select(abstract_network("dit", config, jnp.bfloat16), job.settings.targets)
+        base = job.settings.base
+        lora.select(abstract_network("dit", config, jnp.bfloat16, base), job.settings.targets)
     if mesh is not None:
         check_heads(config.num_heads, mesh.shape["ulysses"])
 
@@ -210,7 +211,7 @@ def describe(preset: str, job: TrainJob, features: Features) -> dict:
         "wanjax": __version__,
         "paths": {"features": str(job.features), "checkpoint": str(job.checkpoint)},
         "mesh": job.mesh,
-        "base": fingerprint(job.checkpoint, "dit"),
+        "weights": fingerprint(job.checkpoint, "dit"),
         "features": digest(features),
         **asdict(job.settings),
     }

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from wanjax.quantisation import UNQUANTISED, Base
 from wanjax.training import TrainConfig
 
 Required = tyro.MISSING
@@ -69,7 +70,7 @@ class TrainJob:
 
     def unread(self) -> dict[str, str]:
         """Options that say nothing, each with what makes them so."""
-        of_adapters = ("--rank", "--alpha", "--targets", "--dtype")
+        of_adapters = ("--rank", "--alpha", "--targets", "--dtype", "--base")
         return dict.fromkeys(of_adapters, "--train full") if self.settings.train == "full" else {}
 
 
@@ -120,6 +121,9 @@ class SampleJob:
     """How the picture becomes the encoders' input; as in encode.py."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the large matrix products; what else runs in fp32: docs/precision.md."""
+    base: Base = UNQUANTISED
+    """The denoiser's blocks in fewer bits: int8 and fp8 take half of the memory, nf4 a quarter,
+    each with an error of its own (docs/precision.md); bfloat16 leaves them as --dtype says."""
     residual: Literal["bfloat16", "float32"] = "float32"
     """Type of the denoiser's residual stream; bfloat16 takes less memory, with three times the
     error."""

@@ -1,129 +1,152 @@
-"""The true programs compiled for chips that are not here: `python -m tests.plan [WORD ...]`.
+"""The common cases compiled for chips that are not here: `python -m tests.plan [WORD ...]`.
 
-`make test-plan` prints, for every case (or those whose name has one of the words), peak memory of a
-chip as the compiler counts it and the bytes that a chip sends in a step, beside the goal and the
-nearest peer; it fails where a goal is missed. A case takes minutes on two cores.
+`make test-plan` plans every case (or those whose name has one of the words), prints a row for each
+beside its goal, and fails where a goal is missed. With --write what was planned takes its place in
+`wanjax/planning/table.json` and in the table of docs/planning.md. A case takes seconds for a GPU,
+and minutes for a TPU, on two cores.
 """
 
-import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here touches a chip
+os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 
-import jax
-from jax.experimental import topologies
-
-from tests.real_size import trace_denoise_step, trace_train_step, trace_vae
-from wanjax.planning import wire
-from wanjax.sharding import make_mesh
+from wanjax.models.presets import ARCHITECTURES
+from wanjax.planning.plans import Phase, Request, plan
+from wanjax.planning.table import Row, write
+from wanjax.planning.targets import parse_target
+from wanjax.training import TrainConfig
 
 GIB, GB = 1 << 30, 10**9
-H100 = Path(__file__).with_name("h100_target.txt")
+MODEL = ARCHITECTURES["i2v_14b_720p"]
+SIZES = {"720p": (720, 1280), "480p": (480, 832)}
+DATA_2 = {"data": 2, "ulysses": 4}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A program for some chips; goals are GiB of memory and GB on the wire, a chip and step."""
+    """A phase of a job on some chips; goals are GiB of memory and GB on the wire, a chip and step.
+    `options` are the scripts' own, by which the case differs from their defaults."""
 
-    program: str
-    chips: str
-    mesh: dict[str, int]
-    trace: Callable[[jax.sharding.Mesh], jax.stages.Traced]
+    job: str
+    phase: Phase
+    size: str
+    frames: int
+    target: str
+    mesh: dict[str, int] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
     most_memory: float | None = None
     most_wire: float | None = None
-    peer: str = "-"
 
     @property
     def name(self) -> str:
-        sizes = " ".join(f"{axis} {n}" for axis, n in self.mesh.items())
-        return f"{self.program}, {self.chips}, {sizes}"
+        return f"{self.phase} {self.size}{self.frames} {self.target} {self.said}".strip()
+
+    @property
+    def said(self) -> str:
+        """The options as on a command line."""
+        mesh = ",".join(f"{axis}={n}" for axis, n in self.mesh.items())
+        words = ([f"--mesh {mesh}"] if mesh else []) + [
+            f"--{name} {value}" for name, value in self.options.items()
+        ]
+        return " ".join(words)
+
+    @property
+    def request(self) -> Request:
+        height, width = SIZES[self.size]
+        common = {"frames": self.frames, "height": height, "width": width}
+        if self.job != "train":
+            return Request(self.job, MODEL, **common, **self.options)
+        settings = TrainConfig(**self.options)
+        return Request("train", MODEL, **common, settings=settings, base=settings.base)
 
 
-GUIDED = partial(trace_denoise_step, "720p81")
+def sampling(target: str, mesh: dict | None = None, *goals: float, **options: object) -> Case:
+    return Case("sample", "denoise", "720p", 81, target, mesh or {}, options, *goals)
+
+
+def training(size: str, frames: int, target: str, mesh: dict | None = None,
+             *goals: float, **options: object) -> Case:  # fmt: skip
+    return Case("train", "train", size, frames, target, mesh or {}, options, *goals)
+
+
 CASES = [
-    Case(
-        "guided step of 720p81", "v6e:2x4", {"data": 2, "ulysses": 4}, GUIDED,
-        6.5, 47, "11.8 GiB, 45.1 GB (bf16 residual)",
-    ),
-    Case("guided step of 720p81", "h100:8", {"data": 2, "ulysses": 4}, GUIDED),
+    sampling("v6e:2x4", DATA_2, 6.5, 47),
+    sampling("v5p:2x2x1", {"data": 2, "ulysses": 2}),
+    sampling("h100:8", DATA_2),
+    sampling("h100:1"),
+    sampling("h100:1", branches="in-turn"),
+    sampling("h200:1"),
+    sampling("a100:1"),
+    sampling("a100:8", DATA_2),
+    sampling("rtx4090:1", base="nf4", branches="in-turn", residual="bfloat16"),
+    Case("sample", "denoise", "480p", 81, "rtx4090:1", {},
+         {"base": "nf4", "branches": "in-turn", "residual": "bfloat16"}),
+    sampling("v5e:2x4", DATA_2),
+    training("720p", 33, "h100:1", None, 67),
+    training("720p", 33, "h100:1", None, 52, base="int8"),
+    training("720p", 33, "h100:1", base="nf4"),
+    training("480p", 33, "h100:1"),
+    training("480p", 81, "h100:1"),
+    training("720p", 81, "h100:1", base="int8", remat="offload"),
+    training("720p", 81, "h200:1"),
+    training("480p", 33, "rtx4090:1", base="nf4"),
+    training("480p", 33, "rtx4090:1", base="nf4", remat="offload"),
+    training("480p", 33, "a100:1"),
+    training("480p", 33, "v5e:2x4", {"ulysses": 8}),
+    training("720p", 33, "v5e:2x4", {"ulysses": 8}),
+    training("720p", 81, "v5p:2x2x2", DATA_2, 20, 125, batch=2),
+    training("720p", 81, "v6e:8x8", {"data": 8, "ulysses": 8}, batch=8),
     *[
-        Case(
-            f"guided step of 720p81, branches {branches}", "h100:1", {"data": 1},
-            partial(GUIDED, branches=branches),
-        )
-        for branches in ("together", "in-turn")
-    ],
-    Case(
-        "LoRA step of 720p33", "h100:1", {"data": 1}, partial(trace_train_step, "720p33"), 67,
-    ),
-    Case(
-        "LoRA step of 720p81, batch 2", "v5p:2x2x2", {"data": 2, "ulysses": 4},
-        partial(trace_train_step, "720p81", batch=2), 20, 125, "17.6 GiB, 142.8 GB (prototype)",
-    ),
-    *[
-        Case(f"{half} of 720p81", chips, mesh, partial(trace_vae, "720p81", half))
-        for half in ("encode", "decode")
-        for chips, mesh in (
-            ("v6e:2x4", {"data": 2, "ulysses": 4}),
-            ("v5p:2x2x1", {"data": 1}),
-            ("h100:1", {"data": 1}),
-        )
+        Case("encode" if phase == "encode" else "sample", phase, "720p", 81, target, mesh)
+        for phase in ("encode", "decode")
+        for target, mesh in (("h100:1", {}), ("v6e:2x4", DATA_2), ("v5p:2x2x1", {"data": 1}))
     ],
 ]  # fmt: skip
 
 
-def devices(chips: str) -> list:
-    """Descriptions of absent chips, such as v6e:2x4 or h100:8."""
-    kind, _, count = chips.partition(":")
-    if kind == "h100":
-        config = H100.read_text()
-        topology = topologies.get_topology_desc(
-            platform="cuda", target_config=config, topology=f"1x1x{count}"
-        )
-    else:
-        topology = topologies.get_topology_desc(chips, platform="tpu")
-    return topology.devices
+def row(case: Case) -> Row:
+    """The case as it compiles."""
+    start = time.monotonic()
+    axes = case.mesh or {"data": 1}
+    found = plan(case.request, parse_target(case.target), axes, (case.phase,))
+    return Row.of(found, case.phase, case.size, case.said, round(time.monotonic() - start))
 
 
-def compiled(case: Case) -> tuple[float, float, float]:
-    """GiB at the peak, of which arguments, and GB sent."""
-    chips = devices(case.chips)[: math.prod(case.mesh.values())]
-    mesh = make_mesh(**case.mesh, devices=chips)
-    program = case.trace(mesh).lower().compile()
-    m = program.memory_analysis()
-    peak = m.argument_size_in_bytes + m.temp_size_in_bytes
-    peak += m.output_size_in_bytes - m.alias_size_in_bytes
-    sent = sum(wire.sent(program.as_text()).values())
-    return peak / GIB, m.argument_size_in_bytes / GIB, sent / GB
+def missed(case: Case, found: Row) -> list[str]:
+    """The goals that a case misses."""
+    wanted = [
+        ("GiB", found.peak, GIB, case.most_memory),
+        ("GB sent", found.sent, GB, case.most_wire),
+    ]
+    return [
+        f"{goal:g} {unit}"
+        for unit, value, scale, goal in wanted
+        if goal is not None and (value is None or value > goal * scale)
+    ]
 
 
 def main(words: list[str]) -> int:
-    """Print the table; how many goals were missed."""
-    missed = 0
-    print("| program | peak GiB (arguments) | goal | wire GB | goal | peer | compiled in |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    """Print the table; how many cases missed a goal."""
+    keep = "--write" in words
+    words = [word for word in words if word != "--write"]
+    failed = 0
+    print(Row.head(), flush=True)
     for case in CASES:
         if words and not any(word in case.name for word in words):
             continue
-        start = time.monotonic()
-        peak, arguments, sent = compiled(case)
-        goals = [(peak, case.most_memory), (sent, case.most_wire)]
-        missed += sum(goal is not None and value > goal for value, goal in goals)
-        memory, traffic = ("-" if goal is None else f"{goal:g}" for _, goal in goals)
-        print(
-            f"| {case.name} | {peak:.2f} ({arguments:.2f}) | {memory} | {sent:.1f} | {traffic} "
-            f"| {case.peer} | {time.monotonic() - start:.0f} s |",
-            flush=True,
-        )
-    return missed
+        found = row(case)
+        if keep:
+            write(found)
+        lost = missed(case, found)
+        failed += bool(lost)
+        print(found.line() + (f" **goal missed: {', '.join(lost)}**" if lost else ""), flush=True)
+    return failed
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import pytest
 import qwix
 from flax import nnx
 
-from tests.toy import toy_dit
+from tests.real_size import equations
+from tests.toy import SMALL, randomised_adapters, toy_batch, toy_dit
 from wanjax import lora
 from wanjax.errors import UserError
+from wanjax.flow import flow_loss
 from wanjax.nn import linears
 from wanjax.quantisation import (
     CODES,
@@ -22,6 +24,7 @@ from wanjax.quantisation import (
     nf4_values,
     quantise,
 )
+from wanjax.training import TrainConfig, Trainer, prepare_model
 from wanjax.weights import abstract_network, load_network, parameters, save_native
 
 pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("quickly")]
@@ -164,3 +167,42 @@ def test_drawn_kernels_have_the_variance_of_random_ones(base):
     assert np.isfinite(kernel).all()
     assert kernel.var() * kernel.shape[-2] == pytest.approx(1, rel=0.05)
     assert not np.array_equal(codes[0], codes[1])
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("remat", [True, False])
+def test_a_base_trains_as_the_numbers_that_its_codes_stand_for(base, remat):
+    """Loss and gradients of adapters beside codes, and beside what they decode to."""
+    coded, whole = toy_dit(), toy_dit()
+    quantise(coded, base)
+    for (_, layer), (_, other) in zip(linears(coded), linears(whole)):
+        other.kernel[...] = layer.kernel[...]
+    settings = TrainConfig(rank=2, targets="all", dtype="float32", remat=remat, warmup=0)
+    results = []
+    for model in (coded, whole):
+        trainer = Trainer(model, settings)
+        randomised_adapters(adapted := trainer.model())
+        trainer.state = trainer.state._replace(params=nnx.state(adapted, lora.LoRAParam))
+        results.append(trainer.train(toy_batch()))
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose(*(float(r[name]) for r in results), rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_no_decoded_kernel_is_kept_for_the_gradient(remat):
+    """Nothing of all layers in floating point has the size of a stacked kernel."""
+    settings = TrainConfig(base="int8", targets="all", remat=remat)
+    build = lambda: abstract_network("dit", SMALL, "bfloat16", base="int8")  # noqa: E731
+    graph, adapters, frozen = nnx.eval_shape(lambda: prepare_model(build(), settings))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), toy_batch())
+
+    def loss(adapters, frozen, batch):
+        dit = nnx.merge(graph, adapters, frozen)
+        return flow_loss(dit, batch, jax.random.key(0), law="uniform", shift=5.0)
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(adapters, frozen, batch).jaxpr
+    count, dim, ffn = SMALL.num_layers, SMALL.dim, SMALL.ffn_dim
+    kernels = {(count, dim, dim), (count, dim, ffn), (count, ffn, dim)}
+    made = [v.aval for equation in equations(jaxpr) for v in equation.outvars]
+    assert [a for a in made if a.shape in kernels and jnp.issubdtype(a.dtype, jnp.floating)] == []
+    assert any(a.shape == (dim, ffn) and a.dtype == jnp.float32 for a in made)  # one layer's is

@@ -276,7 +276,8 @@ FIRST_RUN = """{"format": "wanjax-run", "preset": "i2v_14b_480p", "mesh": null,
 def test_a_run_of_an_older_version_goes_on_and_of_a_newer_one_does_not(tmp_path):
     (tmp_path / RUN_FILE).write_text(FIRST_RUN)
     saved = read_run(tmp_path)
-    facts = {name: saved[name] for name in ("format", "preset", "mesh", "base", "features")}
+    assert saved["weights"] == "0123456789abcdef"
+    facts = {name: saved[name] for name in ("format", "preset", "mesh", "weights", "features")}
     config = TrainConfig(shift=3.0)
     now = {**facts, "version": RUN_VERSION, **asdict(config)}
     defaults = asdict(TrainConfig())
@@ -284,6 +285,8 @@ def test_a_run_of_an_older_version_goes_on_and_of_a_newer_one_does_not(tmp_path)
     # What the older run did not know has its default, which another value is not.
     with pytest.raises(UserError, match="was started with residual='bfloat16'"):
         check_resumable(tmp_path, {**now, "residual": "float32"}, saved, FREE_TO_CHANGE, defaults)
+    with pytest.raises(UserError, match="was started with base='bfloat16' .* has 'nf4'"):
+        check_resumable(tmp_path, {**now, "base": "nf4"}, saved, FREE_TO_CHANGE, defaults)
     with pytest.raises(UserError, match="was started with shift=3.0"):
         check_resumable(tmp_path, {**now, "shift": 5.0}, saved, FREE_TO_CHANGE, defaults)
     (tmp_path / RUN_FILE).write_text(json.dumps({**now, "version": RUN_VERSION + 1}))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from tests.real_size import GRIDS, condition
+from tests.real_size import GRIDS
 from wanjax import work
 from wanjax.chips import CHIPS, chip_of
 from wanjax.models.dit import DiTConfig
@@ -37,12 +37,11 @@ def test_a_traced_forward_pass_has_as_much(image):
     config = DiTConfig(num_layers=3, image_dim=image, in_channels=channels)
     graph, state = nnx.split(abstract_network("dit", config, jnp.bfloat16))
     grid = (2, 32, 32)
-    given = condition("480p33", 1)
-    latents = jax.ShapeDtypeStruct((1, *grid, 16), jnp.float32)
-    frame = jax.ShapeDtypeStruct((1, *grid, 20), jnp.float32) if image else None
-    told = (given.text, given.image if image else None, frame)
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)  # noqa: E731
+    told = [shape(1, config.text_len, config.text_dim)]
+    told += [shape(1, 257, image), shape(1, *grid, 20)] if image else [None, None]
     call = lambda state, x, t, *told: nnx.merge(graph, state)(x, t, *told)  # noqa: E731
-    jaxpr = jax.make_jaxpr(call)(state, latents, jax.ShapeDtypeStruct((1,), jnp.float32), *told)
+    jaxpr = jax.make_jaxpr(call)(state, shape(1, *grid, 16), shape(1), *told)
     assert work.forward(config, grid).total == pytest.approx(work.counted(jaxpr.jaxpr), rel=5e-3)
 
 

@@ -34,8 +34,9 @@ from wanjax.tensor_files import SafetensorsWriter, read_safetensors
 from wanjax.types import PathLike
 
 RUN_FILE = "run.json"
-# Of the settings in it. A file without one is of version 1; 2 brought `residual`.
-RUN_VERSION = 2
+# Of the settings in it. A file without one is of version 1; 2 brought `residual`; 3 `base`, which
+# had been the name of what is now `weights`, the fingerprint of the denoiser.
+RUN_VERSION = 3
 ADAPTER_FORMAT = "wanjax-lora"
 _OVERHEAD = 256 << 10  # what Orbax writes beside the arrays, some kilobytes
 
@@ -195,6 +196,8 @@ def read_run(run: PathLike) -> dict[str, Any]:
             f"{path} has version {data['version']} and this wanjax reads up to {RUN_VERSION}; "
             "update wanjax."
         )
+    if data.get("version", 1) < 3:
+        data["weights"] = data.pop("base", None)
     return data
 
 

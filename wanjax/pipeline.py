@@ -34,6 +34,7 @@ from wanjax.pictures import ImageLike, check_pictures, choose_size, read_picture
 from wanjax.precision import parse_dtype
 from wanjax.progress import COMPILING, phase, progress_bar
 from wanjax.prompt_cache import PromptCache
+from wanjax.quantisation import UNQUANTISED, Base, check_base
 from wanjax.residency import Residency, Residents
 from wanjax.sharding import check_heads, check_rows, one_device
 from wanjax.solvers import initial_noise, initial_state, make_schedule
@@ -69,6 +70,7 @@ class Pipeline:
         folder: PathLike,
         *,
         dtype: DTypeLike = jnp.bfloat16,
+        base: Base = UNQUANTISED,
         residual: str = "float32",
         loras: Sequence[tuple[lora_module.LoRA, float]] = (),
         mesh: Mesh | None = None,
@@ -80,7 +82,11 @@ class Pipeline:
         self.dtype, self.loras = dtype, tuple(loras)
         self.mesh = one_device() if mesh is None else mesh
         self.residual, self.branches = parse_dtype(residual).name, branches
-        size = lambda name: device_bytes(name, self.configs[name], dtype, mesh)  # noqa: E731
+        check_base(base)
+        self.base = base
+        size = lambda name: device_bytes(  # noqa: E731
+            name, self.configs[name], dtype, mesh, self._base_of(name)
+        )
         self.residents = Residents(self.configs, self._load, size, residency)
         self._prompts: dict[str, np.ndarray] = {}
         self._pictures: dict[str, np.ndarray] = {}
@@ -89,7 +95,8 @@ class Pipeline:
         if self.loras:
             # Refuse adapters of another model now, not after minutes of loading.
             self._require("dit")
-            lora_module.check_fits(abstract_network("dit", self.configs["dit"], dtype), self.loras)
+            dit = abstract_network("dit", self.configs["dit"], dtype, base)
+            lora_module.check_fits(dit, self.loras)
 
     @classmethod
     def load(
@@ -97,6 +104,7 @@ class Pipeline:
         folder: PathLike,
         *,
         dtype: str | DTypeLike = "bfloat16",
+        base: Base = UNQUANTISED,
         residual: str = "float32",
         lora: Sequence[tuple[PathLike | lora_module.LoRA, float]] = (),
         mesh: Mesh | None = None,
@@ -106,7 +114,8 @@ class Pipeline:
         """Open the native checkpoint in `folder`; weights are read when they are first needed.
 
         `dtype` is "bfloat16" or "float32" (what runs in fp32 all the same: docs/precision.md), and
-        `residual` the type of the denoiser's residual stream. `lora` lists runs, native adapter
+        `residual` the type of the denoiser's residual stream. With `base` "int8", "fp8" or "nf4"
+        the denoiser's blocks have fewer bits (`wanjax.quantisation`). `lora` lists runs, native adapter
         files or what `convert.open_lora` read, each with a strength. `residency` says what networks
         do that a phase does not need (`wanjax.residency`). `branches` are those of guidance: both
         as one batch, or one after the other in less memory. Raises `UserError` for what cannot be
@@ -116,6 +125,7 @@ class Pipeline:
         return cls(
             folder,
             dtype=parse_dtype(dtype),
+            base=base,
             residual=residual,
             loras=loras,
             mesh=mesh,
@@ -392,8 +402,14 @@ class Pipeline:
     def _network(self, name: str) -> nnx.Module:
         return self.residents.get(self._require(name))
 
+    def _base_of(self, name: str) -> Base:
+        """Only the denoiser is quantised."""
+        return self.base if name == "dit" else UNQUANTISED
+
     def _load(self, name: str) -> nnx.Module:
-        network = load_network(self.folder, name, dtype=self.dtype, mesh=self.mesh)
+        network = load_network(
+            self.folder, name, dtype=self.dtype, mesh=self.mesh, base=self._base_of(name)
+        )
         if name == "dit":
             network.residual = self.residual
         if name == "dit" and self.loras:

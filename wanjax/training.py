@@ -26,6 +26,7 @@ from wanjax.checkpoint import Checkpoints
 from wanjax.errors import UserError
 from wanjax.flow import flow_loss, losses_at
 from wanjax.models.dit import DiT
+from wanjax.quantisation import UNQUANTISED, Base, check_base
 from wanjax.sharding import check_rows, constrain_state, one_device, shardings, spec
 from wanjax.types import Batch
 
@@ -64,6 +65,10 @@ class TrainConfig:
     """Law of the time before the shift."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the frozen weights and of the matrix products."""
+    base: Base = UNQUANTISED
+    """The frozen weights of the blocks in fewer bits: int8 and fp8 take half of the memory, nf4 a
+    quarter, each with an error of its own (docs/precision.md); bfloat16 leaves them as --dtype
+    says."""
     residual: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the residual stream. Every block's input is kept for its gradient: in bfloat16 that
     takes half the memory (13 of 27 GB for the 14B at 720p, 33 frames). With dtype float32 it is
@@ -113,6 +118,12 @@ def check_config(config: TrainConfig, mesh: Mesh | None = None) -> None:
         raise UserError(f"weight_decay={config.weight_decay:g} is no decay; use 0 or more.")
     if config.seed > _MOST_SEED:
         raise UserError(f"seed={config.seed} is too large; use {_MOST_SEED} or less.")
+    check_base(config.base)
+    if config.train == "full" and config.base != UNQUANTISED:
+        raise UserError(
+            f"base={config.base} is of weights that are frozen, and train=full changes them all; "
+            f"use base={UNQUANTISED}, or train=lora."
+        )
     if config.warmup + config.cooldown > config.steps and config.cooldown:
         raise UserError(
             f"warmup={config.warmup} and cooldown={config.cooldown} do not fit into "

@@ -92,9 +92,7 @@ def train(
 
     def build():
         dtype = "float32" if settings.train == "full" else settings.dtype
-        return prepare_model(
-            abstract_network("dit", config, dtype, getattr(settings, "base", UNQUANTISED)), settings
-        )
+        return prepare_model(abstract_network("dit", config, dtype, settings.base), settings)
 
     graph, trained, frozen = nnx.eval_shape(build)
     trained, frozen = placed_state(trained, mesh), placed_state(frozen, mesh)

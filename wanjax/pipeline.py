@@ -115,11 +115,11 @@ class Pipeline:
 
         `dtype` is "bfloat16" or "float32" (what runs in fp32 all the same: docs/precision.md), and
         `residual` the type of the denoiser's residual stream. With `base` "int8", "fp8" or "nf4"
-        the denoiser's blocks have fewer bits (`wanjax.quantisation`). `lora` lists runs, native adapter
-        files or what `convert.open_lora` read, each with a strength. `residency` says what networks
-        do that a phase does not need (`wanjax.residency`). `branches` are those of guidance: both
-        as one batch, or one after the other in less memory. Raises `UserError` for what cannot be
-        used.
+        the denoiser's blocks have fewer bits (`wanjax.quantisation`). `lora` lists runs, native
+        adapter files or what `convert.open_lora` read, each with a strength. `residency` says what
+        networks do that a phase does not need (`wanjax.residency`). `branches` are those of
+        guidance: both as one batch, or one after the other in less memory. Raises `UserError` for
+        what cannot be used.
         """
         loras = [(x if isinstance(x, lora_module.LoRA) else load_lora(x), s) for x, s in lora]
         return cls(

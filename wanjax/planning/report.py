@@ -8,7 +8,7 @@ from wanjax.planning.plans import Memory, PhasePlan, Plan, Request
 
 UNKNOWN = "unknown"
 _COLUMNS = ["phase", "arguments", "temporaries", "peak", "idle beside", "of", "PFLOP", "GB sent"]
-_COLUMNS += ["s: arithmetic", "memory", "wire", "at least"]
+_COLUMNS += ["s: arithmetic", "memory", "wire", "about"]
 HEAD = f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|"
 
 
@@ -115,7 +115,7 @@ def verdict(plan: Plan) -> str:
     s = plan.step.seconds
     bounds = {"arithmetic": s.compute, "memory traffic": s.memory, "the wire": s.network}
     bound = max(bounds, key=bounds.get)
-    return f"{text}; a step takes {_seconds(s.estimate)} s or more, bound by {bound}."
+    return f"{text}; a step takes about {_seconds(s.estimate)} s, bound by {bound}."
 
 
 def assumptions(chip: Chip) -> str:

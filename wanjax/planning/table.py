@@ -64,7 +64,7 @@ class Row:
     @staticmethod
     def head() -> str:
         names = ["phase", "size", "target", "options", "peak GiB", "idle beside", "of", "fits"]
-        names += ["PFLOP", "GB sent", "s at least", "compiled in s"]
+        names += ["PFLOP", "GB sent", "s about", "compiled in s"]
         return f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
 
     def line(self) -> str:

@@ -103,6 +103,11 @@ CASES = [
     training("720p", 33, "v5e:2x4", {"ulysses": 8}),
     training("720p", 81, "v5p:2x2x2", DATA_2, 20, 125, batch=2),
     training("720p", 81, "v6e:8x8", {"data": 8, "ulysses": 8}, batch=8),
+    # The same work over more chips: docs/planning.md, "Scaling".
+    sampling("v6e:8x8", {"data": 2, "ring": 4, "ulysses": 8}),
+    sampling("v6e:16x16", {"data": 2, "ring": 16, "ulysses": 8}),
+    training("720p", 81, "v5p:4x4x4", {"data": 16, "ulysses": 4}, batch=16),
+    training("720p", 81, "v5p:4x8x8", {"data": 64, "ulysses": 4}, batch=64),
     *[
         Case("encode" if phase == "encode" else "sample", phase, "720p", 81, target, mesh)
         for phase in ("encode", "decode")

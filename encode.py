@@ -21,8 +21,10 @@ from wanjax.data.features import FeatureSpec, Origin
 from wanjax.data.framing import fit_picture
 from wanjax.data.probing import digest
 from wanjax.data.report import describe_films, refuse_cropped, summary, warn_of_cuts
+from wanjax.devices import claim_memory, describe_devices, memory_explained
 from wanjax.errors import UserError, run_script, some
 from wanjax.pipeline import Pipeline
+from wanjax.planning.table import nearest_row
 from wanjax.precision import parse_dtype
 from wanjax.programs import keep_programs
 from wanjax.progress import progress_bar
@@ -30,6 +32,7 @@ from wanjax.weights import fingerprint
 
 
 def main() -> None:
+    claim_memory()
     keep_programs()
     preset, job = command_line(lambda preset: preset.encode, __doc__)
     shots = read_dataset(job.data, job.default_caption)
@@ -52,30 +55,23 @@ def main() -> None:
     writer = FeatureWriter(job.out, spec, common, origins(cut))
     names = set(writer.names())
     todo = [window for window in cut if window.name in names]
-    sys.stderr.write(f"{summary(shots, cut)}; {width}x{height}, {len(todo)} to encode\n")
+    sys.stderr.write(
+        f"{summary(shots, cut)}; {width}x{height}, {len(todo)} to encode on "
+        f"{describe_devices(pipeline.mesh.size)}\n"
+    )
     said = [*writer.changes(), *describe_films(cut, height, width)]
     sys.stderr.writelines(f"  {line}\n" for line in said)
     if torn := warn_of_cuts(todo):
         warnings.warn(torn, stacklevel=1)
-    encode_captions(pipeline, writer)
-    damaged: list[str] = []
-    pipeline.residents.enter("picture")
-    with (
-        pipeline.on_mesh(),
-        progress_bar("Encoding", len(cut), done=len(cut) - len(todo)) as bar,
-    ):
-        for window, frames in read_windows(todo, partial(fit_picture, height=height, width=width)):
-            if frames is None:
-                damaged.append(window.name)
-                continue
-            writer.add(window.name, **encode_window(pipeline, job, frames))
-            bar.advance(note=window.name)
-    if damaged:
-        warnings.warn(
-            f"Left out, since they cannot be decoded: {some(damaged)}; when the films are mended, "
-            "the same command encodes these windows.",
-            stacklevel=1,
-        )
+    out_of_memory = memory_explained(
+        f"encoding windows of {job.frames} frames of {width}x{height}",
+        pipeline.mesh,
+        nearest_row("encode", job.frames, height, width, pipeline.mesh.size),
+        "use shorter windows (--frames), a smaller size, or more devices (--mesh)",
+    )
+    with out_of_memory:
+        encode_captions(pipeline, writer)
+        encode_windows(pipeline, job, writer, todo, height, width, done=len(cut) - len(todo))
     writer.finish()
 
 
@@ -152,6 +148,36 @@ def encode_captions(pipeline: Pipeline, writer: FeatureWriter) -> None:
         for caption in captions:
             writer.add_caption(caption, pipeline.encode_prompt(caption))
             bar.advance()
+
+
+def encode_windows(
+    pipeline: Pipeline,
+    job: EncodeJob,
+    writer: FeatureWriter,
+    todo: Sequence[Window],
+    height: int,
+    width: int,
+    done: int,
+) -> None:
+    """Keep the features of every window that is new; `done` are there already."""
+    damaged: list[str] = []
+    pipeline.residents.enter("picture")
+    with (
+        pipeline.on_mesh(),
+        progress_bar("Encoding", done + len(todo), done=done) as bar,
+    ):
+        for window, frames in read_windows(todo, partial(fit_picture, height=height, width=width)):
+            if frames is None:
+                damaged.append(window.name)
+                continue
+            writer.add(window.name, **encode_window(pipeline, job, frames))
+            bar.advance(note=window.name)
+    if damaged:
+        warnings.warn(
+            f"Left out, since they cannot be decoded: {some(damaged)}; when the films are mended, "
+            "the same command encodes these windows.",
+            stacklevel=1,
+        )
 
 
 def encode_window(

@@ -16,6 +16,7 @@ import secrets
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from wanjax import __version__
 from wanjax.checkpoint import split_choice
 from wanjax.conditioning import check_size
 from wanjax.data.video import write_video
+from wanjax.devices import claim_memory, describe_devices, memory_explained
 from wanjax.errors import UserError, nearest, run_script
 from wanjax.latents import (
     Latents,
@@ -42,6 +44,7 @@ from wanjax.lora import LoRA
 from wanjax.outputs import require_writable
 from wanjax.pictures import check_pictures, read_picture
 from wanjax.pipeline import Conditioned, Pipeline
+from wanjax.planning.table import nearest_row
 from wanjax.precision import parse_dtype
 from wanjax.programs import keep_programs
 from wanjax.quantisation import UNQUANTISED
@@ -53,12 +56,17 @@ PER_VIDEO = frozenset(
     ["image", "last_image", "prompt", "negative_prompt", "out", "seed", "frames"]
     + ["height", "width", "steps", "guidance", "shift", "solver", "lora"]
 )
+REMEDY = (
+    "use --branches in-turn, --residency host, fewer --frames, a smaller size or more devices "
+    "(--mesh)"
+)
 MAKES_LATENTS = PER_VIDEO - {"out", "lora"} | {"area", "sigmas", "preprocess"}
 
 NOT_IN_A_VIDEO = frozenset(["out", "jobs", "mesh", "residency"])  # where it is made, and goes
 
 
 def main() -> None:
+    claim_memory()
     keep_programs()
     preset, job = command_line(lambda preset: preset.sample, __doc__)
     wanted = requests(job)
@@ -127,7 +135,10 @@ def make(pipeline: Pipeline, videos: list[SampleJob], earlier: Earlier) -> None:
     made_by, latents = earlier.settings, earlier.latents
     # All encoders run first, so that umT5 and CLIP are loaded once.
     new = [video for video in videos if latents[video.out] is None]
-    given = {video.out: condition(pipeline, video) for video in new}
+    given = {}
+    for video in new:
+        with memory_told("encode", pipeline, video.frames, video.height, video.width):
+            given[video.out] = condition(pipeline, video)
     for out in given:
         require_room(latents_path(out), pipeline.latents_shape(given[out]))
     waiting = []
@@ -176,15 +187,31 @@ def describe(video: SampleJob) -> dict[str, Any]:
 
 
 def denoise(pipeline: Pipeline, video: SampleJob, given: Conditioned) -> Latents:
-    return pipeline.denoise(
-        given,
-        steps=video.steps,
-        guidance=video.guidance,
-        shift=video.shift,
-        solver=video.solver,
-        sigmas=video.sigmas,
-        seed=video.seed,
-    )
+    """What takes the time: the least that it can be is said first, where the chip is known."""
+    if floor := pipeline.speed(given, video.guidance).floor():
+        devices = describe_devices(pipeline.mesh.size)
+        sys.stderr.write(f"{video.out}: {floor}, on {devices}\n")
+    with memory_told("denoise", pipeline, given.frames, given.height, given.width):
+        return pipeline.denoise(
+            given,
+            steps=video.steps,
+            guidance=video.guidance,
+            shift=video.shift,
+            solver=video.solver,
+            sigmas=video.sigmas,
+            seed=video.seed,
+        )
+
+
+def memory_told(
+    phase: str, pipeline: Pipeline, frames: int, height: int | None, width: int | None
+) -> AbstractContextManager:
+    """Running out of memory is a sentence with what decides it."""
+    size, known, mesh = "", "", pipeline.mesh
+    if height and width:  # else the picture decides, which was still to be read
+        size, known = f" of {width}x{height}", nearest_row(phase, frames, height, width, mesh.size)
+    doing = {"encode": "encoding", "denoise": "denoising", "decode": "decoding"}[phase]
+    return memory_explained(f"{doing} {frames} frames{size}", mesh, known, REMEDY)
 
 
 def keep(path: Path, latents: Latents, settings: dict[str, Any]) -> None:
@@ -197,7 +224,9 @@ def keep(path: Path, latents: Latents, settings: dict[str, Any]) -> None:
 
 def finish(pipeline: Pipeline, video: SampleJob, latents: Latents) -> None:
     """Decode and write the video; then its latents are no longer needed."""
-    frames, kept = pipeline.decode(latents), latents_path(video.out)
+    kept, vae = latents_path(video.out), pipeline.configs["vae"]
+    with memory_told("decode", pipeline, *vae.video_shape(latents.shape[:3])):
+        frames = pipeline.decode(latents)
     try:
         write_video(video.out, frames, fps=video.fps, comment=made_from(video))
     except UserError as error:

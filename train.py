@@ -11,8 +11,10 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from grain import DatasetIterator
 from jax.sharding import Mesh
 
 from configs import TrainJob, check_preset, command_line, parse_mesh
-from wanjax import __version__, lora
+from wanjax import __version__, lora, work
 from wanjax.checkpoint import (
     RUN_FILE,
     RUN_VERSION,
@@ -32,13 +34,16 @@ from wanjax.checkpoint import (
 )
 from wanjax.data.features import Features
 from wanjax.data.loader import make_loader
+from wanjax.devices import Speed, claim_memory, describe_devices, memory_explained
 from wanjax.errors import UserError, run_script
 from wanjax.loop import Loop
 from wanjax.metrics import read_metrics
+from wanjax.models.vae import VAEConfig
 from wanjax.outputs import LOCK, alone, require_writable, whole_file
+from wanjax.planning.table import nearest_row
 from wanjax.precision import parse_dtype
 from wanjax.programs import keep_programs
-from wanjax.sharding import check_heads
+from wanjax.sharding import check_heads, one_device
 from wanjax.training import TrainConfig, Trainer, check_config, free_to_change
 from wanjax.types import Batch
 from wanjax.weights import (
@@ -51,6 +56,7 @@ from wanjax.weights import (
 
 
 def main() -> None:
+    claim_memory()
     keep_programs()
     preset, job = command_line(lambda preset: preset.train, __doc__)
     mesh = parse_mesh(job.mesh)
@@ -68,8 +74,21 @@ def main() -> None:
     )
     settings = describe(preset, job, features)
     check_run(job, settings)
-    with alone(job.run, "training"):
+    with alone(job.run, "training"), memory_told(job, mesh, features):
         run(job, mesh, features, loader, settings)
+
+
+def memory_told(job: TrainJob, mesh: Mesh | None, features: Features) -> AbstractContextManager:
+    """Running out of memory is a sentence with what decides it."""
+    mesh = mesh or one_device()
+    frames, height, width = VAEConfig().video_shape(features.spec.latents[:3])
+    return memory_explained(
+        f"training on {frames} frames of {width}x{height}, {job.settings.batch} windows a step,",
+        mesh,
+        nearest_row("train", frames, height, width, mesh.size),
+        "use --remat True, a smaller --batch, more devices (--mesh), or features of smaller or "
+        "shorter windows",
+    )
 
 
 def run(
@@ -91,14 +110,30 @@ def run(
     model = job.run / "model"
     if trainer.step < config.steps:
         shutil.rmtree(model, ignore_errors=True)  # of the same run when it had fewer steps
-    sys.stderr.write(plan(trainer, features, job))
-    stopped_by = make_loop(trainer, loader, features, checkpoints, config).run(job.run, checkpoints)
+    speed, start = step_speed(job, trainer.mesh, features), trainer.step
+    sys.stderr.write(plan(trainer, features, job, speed))
+    loop = make_loop(trainer, loader, features, checkpoints, config, speed)
+    stopped_by = loop.run(job.run, checkpoints)
     if stopped_by is not None:
         sys.stderr.write(f"stopped at step {trainer.step}; the same command goes on from there\n")
         sys.exit(128 + stopped_by)
     if config.train == "full" and not model.exists():
         replace_network(job.checkpoint, model, "dit", trainer.model())
     sys.stderr.write(outcome(job))
+    sys.stderr.write(reached(job.run, start, speed))
+
+
+def step_speed(job: TrainJob, mesh: Mesh, features: Features) -> Speed:
+    """The arithmetic of a step, by formula."""
+    config, settings = read_config(job.checkpoint)["dit"], job.settings
+    grid, full = features.spec.latents[:3], settings.train == "full"
+    return Speed.of(work.train_step(config, grid, windows=settings.batch, full=full), mesh)
+
+
+def reached(run: Path, start: int, speed: Speed) -> str:
+    """How fast the steps after `start` were, but for the first, which compiles."""
+    seconds = [entry["seconds"] for entry in read_metrics(run) if entry["step"] > start + 1]
+    return f"{median(seconds):.2f} s/step, {speed.said(median(seconds))}\n" if seconds else ""
 
 
 def make_loop(
@@ -107,13 +142,15 @@ def make_loop(
     features: Features,
     checkpoints: Checkpoints,
     config: TrainConfig,
+    speed: Speed,
 ) -> Loop:
     """The loop over this run's steps."""
 
     def step() -> dict[str, jax.Array | float]:
         batch = next(loader)
         count, t, h, w, _ = batch.latents.shape
-        return trainer.train(batch) | {"tokens": count * t * (h // 2) * (w // 2)}
+        host = {"tokens": count * t * (h // 2) * (w // 2), "flops": speed.flops}
+        return trainer.train(batch) | host
 
     def validate() -> float:
         held_out = make_loader(features, "validation", batch=1, seed=0, repeat=False)
@@ -134,8 +171,8 @@ def make_loop(
     )
 
 
-def plan(trainer: Trainer, features: Features, job: TrainJob) -> str:
-    """What is about to happen, in two lines."""
+def plan(trainer: Trainer, features: Features, job: TrainJob, speed: Speed) -> str:
+    """What is about to happen, in two lines or three."""
     config = job.settings
     trained = sum(x.size for x in jax.tree.leaves(trainer.state.params))
     what = f"adapters of rank {config.rank} ({config.targets})"
@@ -146,8 +183,8 @@ def plan(trainer: Trainer, features: Features, job: TrainJob) -> str:
         f"{what}: {trained:,} parameters; windows of {job.features}: {windows}, "
         f"{t}x{h}x{w} latents each\n"
         f"steps {trainer.step} to {config.steps}, {config.batch} windows a step, on "
-        f"{trainer.mesh.size} device{'s' * (trainer.mesh.size > 1)}, into {job.run}\n"
-    )
+        f"{describe_devices(trainer.mesh.size)}, into {job.run}\n"
+    ) + (f"{floor}\n" if (floor := speed.floor()) else "")
 
 
 def outcome(job: TrainJob) -> str:

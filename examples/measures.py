@@ -11,9 +11,9 @@ from jaxtyping import Float, UInt8
 from configs import SampleJob
 from wanjax.eval.lpips import LPIPS
 from wanjax.flow import losses_at
-from wanjax.pipeline import Conditioned, Pipeline
+from wanjax.pipeline import Pipeline
 from wanjax.training import VALIDATION_TIMES
-from wanjax.types import Batch
+from wanjax.types import Batch, Conditioned
 
 Video = Float[np.ndarray, "T H W 3"]
 CHUNK = 4  # frames to a latent

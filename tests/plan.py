@@ -19,13 +19,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from wanjax.models.presets import ARCHITECTURES
 from wanjax.planning.plans import Phase, Request, plan
-from wanjax.planning.table import Row, write
+from wanjax.planning.table import SIZES, Row, write
 from wanjax.planning.targets import parse_target
 from wanjax.training import TrainConfig
 
 GIB, GB = 1 << 30, 10**9
 MODEL = ARCHITECTURES["i2v_14b_720p"]
-SIZES = {"720p": (720, 1280), "480p": (480, 832)}
 DATA_2 = {"data": 2, "ulysses": 4}
 
 

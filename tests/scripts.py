@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from wanjax.devices import FRACTION
 from wanjax.errors import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,8 +69,9 @@ def call(*words: object, cwd: Path, code: int = 0) -> str:
 
 @contextlib.contextmanager
 def _as_a_process() -> Iterator[None]:
-    """Give back what a script makes its own: arguments, signals, and how warnings are shown."""
-    argv, shown = sys.argv, warnings.formatwarning
+    """Give back what a script makes its own: arguments, signals, how warnings are shown, and the
+    environment."""
+    argv, shown, claimed = sys.argv, warnings.formatwarning, os.environ.get(FRACTION)
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.getsignal(number) for number in numbers]
     try:
@@ -78,6 +80,8 @@ def _as_a_process() -> Iterator[None]:
             yield
     finally:
         sys.argv, warnings.formatwarning = argv, shown
+        if claimed is None:
+            os.environ.pop(FRACTION, None)
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
 

@@ -19,11 +19,14 @@ from wanjax.checkpoint import (
     validations,
 )
 from wanjax.errors import UserError
-from wanjax.loop import Loop
+from wanjax.loop import TFLOPS, Loop
 from wanjax.metrics import read_metrics
 from wanjax.outputs import LOCK, alone
 
 VALIDATION = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0}
+
+
+TIMED = {"seconds", "tokens_per_second", TFLOPS}
 
 
 def run(folder, steps=9, *, spoil=None, signal_at=None):
@@ -42,7 +45,8 @@ def run(folder, steps=9, *, spoil=None, signal_at=None):
         if done == signal_at:
             signal.raise_signal(signal.SIGTERM)
         state = {"sum": state["sum"] + done}
-        metrics = {"loss": jnp.float32(done), "gradient_norm": jnp.float32(1), "tokens": 8}
+        metrics = {"loss": jnp.float32(done), "gradient_norm": jnp.float32(1)}
+        metrics |= {"tokens": 8, "flops": 3e12}
         return metrics | ({spoil: jnp.float32(math.nan)} if spoil and done == 5 else {})
 
     loop = Loop(
@@ -60,6 +64,7 @@ def test_the_best_by_validation_is_kept_beside_the_newest(tmp_path):
     assert [line["step"] for line in lines] == list(range(1, 10))
     assert {s["step"]: s["validation_loss"] for s in lines if "validation_loss" in s} == VALIDATION
     assert all(line["tokens_per_second"] * line["seconds"] == pytest.approx(8) for line in lines)
+    assert all(line[TFLOPS] * line["seconds"] == pytest.approx(3) for line in lines)
 
 
 def test_stopped_and_resumed_equals_unbroken(tmp_path):
@@ -69,7 +74,7 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path):
     assert run(tmp_path / "cut") == (None, 45)
     assert kept_steps(tmp_path / "cut") == kept_steps(tmp_path / "whole")
     same = [
-        [{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(folder)]
+        [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(folder)]
         for folder in (tmp_path / "cut", tmp_path / "whole")
     ]
     assert same[0] == same[1]

@@ -21,6 +21,7 @@ from wanjax.data.features import Features
 from wanjax.data.probing import probe
 from wanjax.data.video import read_video
 from wanjax.latents import latents_path
+from wanjax.loop import TFLOPS
 from wanjax.pipeline import Pipeline
 
 pytestmark = pytest.mark.compiles
@@ -135,7 +136,7 @@ def test_an_encode_that_is_done_does_nothing(world, features, monkeypatch):
 def test_a_run_leaves_metrics_and_checkpoints(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    names = {"step", "loss", "gradient_norm", "seconds", "tokens_per_second"}
+    names = {"step", "loss", "gradient_norm", "seconds", "tokens_per_second"} | {TFLOPS}
     assert all(set(line) == names and np.isfinite(line["loss"]) for line in lines)
     assert [p.name for p in (trained / "checkpoints").iterdir()] == ["4"]
     events = list((trained / "tensorboard").iterdir())

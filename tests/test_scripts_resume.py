@@ -24,6 +24,7 @@ from tests.scripts import (
 )
 from wanjax.checkpoint import latest_step
 from wanjax.errors import UserError
+from wanjax.loop import TFLOPS
 from wanjax.weights import fingerprint
 
 pytestmark = pytest.mark.compiles
@@ -42,7 +43,7 @@ def metrics(folder: Path) -> list[dict]:
     """The lines of a run's metrics without the times; a last line still being written is none."""
     file = folder / "metrics.jsonl"
     whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
-    timed = ("seconds", "tokens_per_second")
+    timed = ("seconds", "tokens_per_second", TFLOPS)
     return [
         {k: v for k, v in json.loads(line).items() if k not in timed} for line in whole.splitlines()
     ]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     ["types", "errors", "progress", "chips"],
     ["precision", "sharding", "rope", "outputs", "residency", "text_files", "user_cache"],
-    ["attention", "tensor_files", "metrics", "programs"],
+    ["attention", "tensor_files", "metrics", "programs", "devices"],
     ["nn"],
     ["causal", "quantisation"],
     ["models"],

@@ -21,16 +21,19 @@ from wanjax.metrics import MetricsLog
 from wanjax.progress import COMPILING, Bar, progress_bar
 
 Metrics = Mapping[str, jax.Array | float]
+TFLOPS = "tflops_per_device"
+"""The metric: the model's arithmetic by formula over the time of a step."""
 
 
 @dataclass(frozen=True)
 class Loop:
     """What is done in which step.
 
-    `step()` takes one and returns its metrics, of which `loss` is one and `tokens`, a number of the
-    host, may be; they are fetched while the device works at the next step. `save(step, metrics)`
-    writes a checkpoint: every `save_every` steps, after the last, after the one at which a signal
-    came, and whenever `validate()`, every `validate_every` steps, gives a loss below all before.
+    `step()` takes one and returns its metrics, of which `loss` is one and `tokens` and `flops` (of
+    one device), numbers of the host, may be; they are fetched while the device works at the next
+    step. `save(step, metrics)` writes a checkpoint: every `save_every` steps, after the last, after
+    the one at which a signal came, and whenever `validate()`, every `validate_every` steps, gives a
+    loss below all before.
     """
 
     label: str
@@ -104,6 +107,9 @@ class _Report:
         if "tokens" in values:
             values["tokens_per_second"] = values.pop("tokens") / seconds
             note += f"  {values['tokens_per_second']:,.0f} tokens/s"
+        if "flops" in values:
+            values[TFLOPS] = values.pop("flops") / seconds / 1e12
+            note += f"  {values[TFLOPS]:.3g} TFLOP/s"
         if step % self._loop.log_every == 0 or step == self._loop.steps or found:
             self._log.write(step, values | (found or {}))
         self._bar.advance(note=note)

@@ -7,9 +7,9 @@ prompt and the tokens of every picture are kept. The denoise step is compiled on
 
 import hashlib
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from wanjax import lora as lora_module
 from wanjax.checkpoint import load_lora
 from wanjax.conditioning import check_size, encode_text, image_tokens, picture_condition, prepare
 from wanjax.denoising import Branches, denoise_step, prepare_rows
+from wanjax.devices import Speed
 from wanjax.errors import UserError
 from wanjax.models.clip import CLIPVision
 from wanjax.models.dit import DiT
@@ -39,23 +40,13 @@ from wanjax.residency import Residency, Residents
 from wanjax.sharding import check_heads, check_rows, one_device
 from wanjax.solvers import initial_noise, initial_state, make_schedule
 from wanjax.text import Tokenizer, check_vocabulary, default_negative
-from wanjax.types import Condition, PathLike
+from wanjax.types import Condition, Conditioned, PathLike
 from wanjax.weights import abstract_network, device_bytes, fingerprint, load_network, read_config
+from wanjax.work import denoise_step as denoise_work
 
 
 class MissingNetworkError(UserError, AttributeError):
     """The checkpoint folder was made without this network."""
-
-
-@dataclass(frozen=True)
-class Conditioned:
-    """A request whose encoders have run: what the denoiser needs, with and without the prompt."""
-
-    positive: Condition
-    negative: Condition
-    height: int
-    width: int
-    frames: int
 
 
 class Pipeline:
@@ -324,12 +315,14 @@ class Pipeline:
         noise = initial_noise(self.latents_shape(conditioned), noise, seed)
         conditions = (conditioned.positive, conditioned.negative)[: 1 + guided]
         state, conditions = jax.device_put((initial_state(noise), conditions), self._everywhere())
+        speed = self.speed(conditioned, guidance)
         self.residents.enter("denoise")
         dit = self.dit
         with self.on_mesh(), progress_bar("Denoising", len(schedule)) as bar:
             bar.advance(0, note=COMPILING)
             given = prepare_rows(dit, conditions)
             for i, timestep in enumerate(schedule.timesteps):
+                since = time.perf_counter()
                 state = denoise_step(
                     dit,
                     state,
@@ -341,7 +334,8 @@ class Pipeline:
                     branches=self.branches,
                 )
                 state.x.block_until_ready()
-                bar.advance(note="")
+                seconds = time.perf_counter() - since
+                bar.advance(note=f"{seconds:.2f} s/step, {speed.said(seconds)}" if i else "")
         latents = np.asarray(state.x[0])
         if not np.isfinite(latents).all():
             raise UserError(
@@ -365,6 +359,11 @@ class Pipeline:
             conditioned.width // stride[2],
             self.configs["dit"].out_channels,
         )
+
+    def speed(self, conditioned: Conditioned, guidance: float) -> Speed:
+        """The arithmetic of one step of a request."""
+        grid, guided = self.latents_shape(conditioned)[:3], self.check_guidance(guidance)
+        return Speed.of(denoise_work(self.configs["dit"], grid, guided=guided), self.mesh)
 
     def check_guidance(self, guidance: float) -> bool:
         """Whether both branches run; refuses what is no scale, and a mesh with more `data`."""

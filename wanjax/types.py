@@ -52,6 +52,17 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Conditioned:
+    """A request whose encoders have run: what the denoiser needs, with and without the prompt."""
+
+    positive: Condition
+    negative: Condition
+    height: int
+    width: int
+    frames: int
+
+
+@dataclass(frozen=True)
 class Clip:
     """A window of film: `frames` RGB, `fps` after resampling, `name` unique within its data set."""
 

@@ -57,6 +57,11 @@ class VAEConfig:
         space = 2 ** (len(self.dim_mult) - 1)
         return 2 ** sum(self.temporal_downsample), space, space
 
+    def video_shape(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Frames, height and width of a video whose latents are `t h w`."""
+        (t, h, w), (frames, height, width) = grid, self.stride
+        return (t - 1) * frames + 1, h * height, w * width
+
 
 class Conv2D(nnx.Module):
     """A 3x3 convolution of every frame."""

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -15,6 +16,8 @@ DATA = Path(__file__).with_name("table.json")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
 BEGIN, END = "<!-- table: made by python -m tests.plan --write -->", "<!-- end of the table -->"
 GIB = 1 << 30
+SIZES = {"720p": (720, 1280), "480p": (480, 832)}
+"""Heights and widths, by the names that rows have for them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Row:
     @property
     def key(self) -> tuple:
         return self.phase, self.size, self.frames, self.target, self.options
+
+    @property
+    def devices(self) -> int:
+        """How many the target has."""
+        return math.prod(int(n) for n in self.target.partition(":")[2].split("x"))
 
     @classmethod
     def of(cls, plan, phase: str, size: str, options: str, compiled_in: int) -> "Row":
@@ -110,3 +118,31 @@ def write(row: Row) -> None:
 
 def as_table(found: Iterable[Row]) -> str:
     return "\n".join([Row.head(), *(row.line() for row in found)])
+
+
+def nearest_row(
+    phase: str,
+    frames: int,
+    height: int,
+    width: int,
+    devices: int,
+    found: Iterable[Row] | None = None,
+) -> str:
+    """What a phase takes in the case that is nearest in pixels and devices, as a clause; empty
+    where none is known."""
+
+    def distance(row: Row) -> float:
+        size = frames * height * width / (row.frames * math.prod(SIZES[row.size]))
+        return abs(math.log(size)) + abs(math.log(devices / row.devices))
+
+    known = rows() if found is None else found
+    of_phase = (row for row in known if row.phase == phase and row.peak is not None)
+    row = min(of_phase, key=distance, default=None)
+    if row is None:
+        return ""
+    height, width = SIZES[row.size]
+    more = f" with {row.options}" if row.options else ""
+    return (
+        f"I2V-14B takes {row.peak / GIB:.1f} GiB of a device to {phase} {row.frames} frames of "
+        f"{width}x{height} on {row.target}{more}"
+    )

@@ -27,7 +27,7 @@ WORKERS ?= 2
 BY_FILE := -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-changed test-fast test-random test-matrix test-tree-mode test-newest
-.PHONY: test-mesh test-plan plan-env lint bench clean
+.PHONY: test-mesh test-plan run-plan test-plan-tpu test-notebook plan-env lint bench clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m examples.demo $${CLIP:+"--clip=$$CLIP"} $${CAPTION:+"--caption=$$CAPTION"}
@@ -66,18 +66,33 @@ test-mesh: $(VENV)/.test
 # The true programs at the real size, compiled for TPUs and GPUs that are not here: their memory and
 # what they send. libtpu and the CUDA wheels (4 GB) have an environment of their own.
 PLAN := .venv-plan
-test-plan: $(PLAN)/.ready
+test-plan: run-plan test-notebook
+
+run-plan: $(PLAN)/.ready
 	$(PLAN)/bin/python -m tests.plan $(PLAN_ARGS)
+
+# Two cases for TPU in four minutes, which CI runs: libtpu alone, 0.2 GB.
+test-plan-tpu:
+	@$(MAKE) --no-print-directory run-plan PLAN=.venv-plan-tpu PLAN_PACKAGES=$(LIBTPU) \
+		PLAN_ARGS='"denoise 720p81 v6e:2x4" "train 480p33 v5e:2x4"'
+
+# The notebook, with nano, as a user's browser would run it.
+test-notebook: $(PLAN)/.ready
+	rm -rf $(PLAN)/notebook
+	WANJAX_NOTEBOOK_WORK=$(CURDIR)/$(PLAN)/notebook PATH="$(CURDIR)/$(PLAN)/bin:$$PATH" \
+		jupyter execute docs/finetune_on_v5e.ipynb
 
 plan-env: $(PLAN)/.ready
 
-PLAN_PACKAGES := libtpu==0.0.51 jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 \
-	nvidia-cudnn-cu13 nvidia-cublas nvidia-cuda-nvcc nvidia-cuda-runtime
+LIBTPU := libtpu==0.0.51
+PLAN_PACKAGES := $(LIBTPU) jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 \
+	nvidia-cudnn-cu13 nvidia-cublas nvidia-cuda-nvcc nvidia-cuda-runtime nbclient ipykernel
 
 $(PLAN)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PLAN)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(PLAN)
 	$(PLAN)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
 		-e . $(PLAN_PACKAGES)
+	$(PLAN)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(FILMS)
 	touch $@
 
 NEWEST := .venv-newest
@@ -128,4 +143,4 @@ $(VENV)/.test: $(VENV)/.library
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(PLAN) demo .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(PLAN) $(PLAN)-tpu demo .pytest_cache .ruff_cache

@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -45,6 +46,7 @@ GRIDS = {"480p33": (9, 60, 104), "480p81": (21, 60, 104)}
 GRIDS |= {"720p33": (9, 90, 160), "720p81": (21, 90, 160)}
 HEADS, HEAD_SIZE = 40, 128
 LEAST = 1e-9
+PARALLEL = 4  # programs that are compiled at once: their seconds are those of so many together
 
 
 @dataclass(frozen=True)
@@ -324,8 +326,8 @@ def lines(words: list[str], base: str, repeats: int) -> Iterator[Line]:
         if wanted(name):
             yield from run(repeats)
     steps = [s for name, of in Model(base).steps().items() if wanted(name) for s in of]
-    for step in steps:
-        step.compile()
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        list(pool.map(Step.compile, steps))
     while steps:
         steps.sort(key=lambda step: -step.planned)
         yield steps.pop().line(repeats)

@@ -69,6 +69,7 @@ def main() -> None:
     loader = make_loader(
         features,
         batch=job.settings.batch,
+        accumulate=job.settings.accumulate,
         seed=job.settings.seed,
         data_parallel=1 if mesh is None else mesh.shape["data"],
     )
@@ -127,7 +128,8 @@ def step_speed(job: TrainJob, mesh: Mesh, features: Features) -> Speed:
     """The arithmetic of a step, by formula."""
     config, settings = read_config(job.checkpoint)["dit"], job.settings
     grid, full = features.spec.latents[:3], settings.train == "full"
-    return Speed.of(work.train_step(config, grid, windows=settings.batch, full=full), mesh)
+    windows = settings.batch * settings.accumulate
+    return Speed.of(work.train_step(config, grid, windows=windows, full=full), mesh)
 
 
 def reached(run: Path, start: int, speed: Speed) -> str:
@@ -179,10 +181,12 @@ def plan(trainer: Trainer, features: Features, job: TrainJob, speed: Speed) -> s
     what = what if config.train == "lora" else "all weights"
     windows = ", ".join(f"{split} {count}" for split, count in features.splits.items())
     t, h, w, _ = features.spec.latents
+    rows, parts = config.batch, config.accumulate
+    windows_a_step = f"{rows} windows" if parts == 1 else f"{parts} times {rows} windows"
     return (
         f"{what}: {trained:,} parameters; windows of {job.features}: {windows}, "
         f"{t}x{h}x{w} latents each\n"
-        f"steps {trainer.step} to {config.steps}, {config.batch} windows a step, on "
+        f"steps {trainer.step} to {config.steps}, {windows_a_step} a step, on "
         f"{describe_devices(trainer.mesh.size)}, into {job.run}\n"
     ) + (f"{floor}\n" if (floor := speed.floor()) else "")
 

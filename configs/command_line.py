@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import tyro
 from jax.sharding import Mesh
@@ -38,7 +38,7 @@ def command_line(
         raise UserError(f"There is no preset '{name}'{nearest(name, PRESETS)}")
     job = job_of(PRESETS[name])
     known = dict(_options(job))
-    stray, given = _grouped(options, known, _texts(job))
+    stray, given = _grouped(options, known, _texts(job), _switches(job))
     if {"-h", "--help"} & set(options):
         return name, _parse(job, options, description)
     _check_names(given, known)
@@ -69,8 +69,23 @@ def _texts(job: Any) -> set[str]:
     }
 
 
+def _switches(job: Any) -> set[str]:
+    """The options that take True and False, whatever else they may take."""
+    found = set()
+    for field in dataclasses.fields(job):
+        value = getattr(job, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= _switches(value)
+        elif bool in (field.type, *get_args(field.type)):
+            found.add("--" + field.name.replace("_", "-"))
+    return found
+
+
 def _grouped(
-    words: Sequence[str], known: Mapping[str, Any], texts: AbstractSet[str]
+    words: Sequence[str],
+    known: Mapping[str, Any],
+    texts: AbstractSet[str],
+    switches: AbstractSet[str],
 ) -> tuple[list[str], dict[str, list[str]]]:
     """The words before all options, and those of each option.
 
@@ -88,14 +103,14 @@ def _grouped(
         if is_text or not word.startswith("--"):
             values.append(word)
             continue
-        if not (equals or option in known) and isinstance(known.get(_switched_on(option)), bool):
+        if not (equals or option in known) and _switched_on(option) in switches:
             option, equals, value = _switched_on(option), "=", "False"
         if option in given and not isinstance(known.get(option), tuple):
             raise UserError(f"{option} is given twice; leave one of them out.")
         last, values = option, given.setdefault(option, [])
         values += [value] if equals else []
     for option, values in given.items():
-        if isinstance(known.get(option), bool) and not values:
+        if option in switches and not values:
             values.append("True")
     return stray, given
 

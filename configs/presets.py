@@ -56,7 +56,7 @@ PRESETS: dict[str, Preset] = {
                 learning_rate=2e-3,
                 shift=3.0,
                 dtype="float32",
-                remat=False,
+                remat="none",
             )
         ),
         # assets/nano was trained without dropped captions, so it is sampled unguided.

@@ -76,6 +76,9 @@ def main() -> None:
     traced = {
         "denoise": trace_denoise_step("480p33", mesh),
         "lora": trace_train_step("480p33", mesh, batch=2),
+        "save_attention": trace_train_step(
+            "480p33", mesh, batch=2, settings=TrainConfig(remat="save_attention")
+        ),
     }
     for name in sys.argv[1:] or traced:
         text = traced[name].lower().compile().as_text()

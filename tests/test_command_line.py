@@ -53,6 +53,24 @@ def test_a_switch_stands_alone_or_with_a_value_or_as_no(words, value):
     assert encoded(*words).skip_short is value
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--remat", "save_attention"], "save_attention"),
+        (["--remat=offload"], "offload"),
+        (["--remat", "True"], "full"),
+        (["--remat"], "full"),
+        (["--remat", "False"], "none"),
+        (["--no-remat"], "none"),
+        ([], "none"),
+    ],
+)
+def test_a_switch_may_have_names_too(words, value):
+    given = [*WORDS, "--features", "f", "--run", "r", *words]
+    job = command_line(lambda preset: preset.train, "", given)[1]
+    assert job.settings.remat == value
+
+
 def test_what_is_no_switch_has_no_no():
     with pytest.raises(UserError, match="no option '--no-fps'"):
         encoded("--no-fps")

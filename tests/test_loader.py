@@ -98,6 +98,18 @@ def test_processes_share_the_same_global_batches(features, processes):
         assert sum((part[step] for part in parts), []) == whole[step]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_batches_in_turn_are_the_rows_of_a_large_one(features, processes):
+    """Each process has its rows of every one of them; together they may be more than an epoch."""
+    large = sum(orders(features, 14, batch=4), [])
+    parts = [
+        orders(features, 7, batch=2, accumulate=4, process=p, processes=processes)
+        for p in range(processes)
+    ]
+    rows = [np.concatenate([np.reshape(part[i], (4, -1)) for part in parts], 1) for i in range(7)]
+    assert np.ravel(rows).tolist() == large
+
+
 def test_one_pass_drops_nothing(features):
     taken = orders(features, 99, repeat=False)
     assert [len(batch) for batch in taken] == [3, 3, 1]

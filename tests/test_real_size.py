@@ -11,9 +11,12 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.extend.core import jaxprs_in_params
 
 from tests.real_size import CONFIG, equations, tokens, trace_denoise_step, trace_train_step
 from tests.scripts import ROOT, start
+from tests.test_attention import on
 from wanjax.training import TrainConfig
 
 pytestmark = pytest.mark.compiles
@@ -113,6 +116,40 @@ def test_adapters_alone_are_differentiated():
     assert len(kernel_gradients(program("full", "480p33"))) >= 12
 
 
+def self_attentions(jaxpr, kernel: str) -> int:
+    """How often a kernel runs over as many keys as queries; what has no results is never run."""
+    if jaxpr.eqns and not jaxpr.outvars:
+        return 0
+    count = 0
+    for equation in jaxpr.eqns:
+        shapes = [v.aval.shape for v in equation.invars if v.aval.dtype == jnp.bfloat16]
+        names = equation.primitive.name, str(equation.params.get("name"))
+        if any(kernel in name for name in names) and shapes[0] == shapes[1] == shapes[2]:
+            count += 1
+        count += sum(self_attentions(inner, kernel) for inner in jaxprs_in_params(equation.params))
+    return count
+
+
+@pytest.mark.parametrize(("platform", "kernel"), [("tpu", "mha_fwd"), ("gpu", "attention_fwd")])
+def test_saved_attention_is_not_run_again(platform, kernel, monkeypatch):
+    """In a training step of two loops over the blocks its kernel stands once, otherwise twice."""
+    for asked in ("check_cudnn_version", "check_compute_capability"):  # of a GPU that is not here
+        monkeypatch.setattr(fused_attention_stablehlo, asked, lambda *_: 91_000)
+    for remat, times in (("none", 1), ("save_attention", 1), ("full", 2), ("offload", 2)):
+        with on(platform, "chip"):
+            traced = trace_train_step("480p33", settings=TrainConfig(remat=remat))
+        assert self_attentions(traced.jaxpr.jaxpr, kernel) == times, remat
+
+
+def test_the_reference_keeps_what_a_name_saves():
+    """Its forward products of queries with keys are in a step once less."""
+    counts = {}
+    for remat in ("save_attention", "full"):
+        traced = trace_train_step("480p33", settings=TrainConfig(remat=remat))
+        counts[remat] = len(queries_at_once(traced.jaxpr.jaxpr, tokens("480p33")))
+    assert counts["full"] - counts["save_attention"] == 1
+
+
 @pytest.mark.parametrize("name, size", PROGRAMS)
 def test_a_chunk_of_attention_is_worth_reading_the_keys_for(name, size):
     counts = queries_at_once(program(name, size), tokens(size))
@@ -141,7 +178,10 @@ def partitioned() -> dict[str, list]:
     return {line["program"]: line["collectives"] for line in lines}
 
 
-@pytest.mark.parametrize("name, times", [("denoise", 1), ("lora", 2)])
+PARTITIONED = [("denoise", 1), ("lora", 2), ("save_attention", 2)]
+
+
+@pytest.mark.parametrize("name, times", PARTITIONED)
 def test_weights_are_gathered_block_by_block(name, times, partitioned):
     """Never those of all blocks at once; each block's once, or twice in training."""
     d, f, n = CONFIG.dim, CONFIG.ffn_dim, CONFIG.num_layers
@@ -156,7 +196,7 @@ def test_weights_are_gathered_block_by_block(name, times, partitioned):
         assert sum(count for shape, count in gathers if shape == kernel) == n * times
 
 
-@pytest.mark.parametrize("name", ["denoise", "lora"])
+@pytest.mark.parametrize("name", [name for name, _ in PARTITIONED])
 def test_attention_exchanges_tokens_for_heads_and_gathers_none(name, partitioned):
     """No array of all tokens is gathered: queries, keys and values go through all-to-alls."""
     length = tokens("480p33")

@@ -34,7 +34,7 @@ ENDLESS = 10**6
 
 def words(run_folder: Path, steps: int, *more: object) -> tuple:
     paths = ("--features", "features", "--checkpoint", "ck", "--run", run_folder)
-    settings = ("--batch", 2, "--warmup", 3, "--keep", 100)
+    settings = ("--batch", 2, "--accumulate", 2, "--warmup", 3, "--keep", 100)
     rank = () if "full" in more else ("--rank", 2)
     return tuple(last_said(("train.py", "nano", *paths, *settings, *rank, "--steps", steps, *more)))
 
@@ -151,6 +151,8 @@ def test_other_settings_are_refused_by_name(world, broken, tmp_path, monkeypatch
         "targets": ("--targets", "qv"),
         "shift": ("--shift", 2.0),
         "batch": ("--batch", 1),
+        "accumulate": ("--accumulate", 1),
+        "remat": ("--remat", "offload"),
         "seed": ("--seed", 1),
         "dtype": ("--dtype", "bfloat16"),
         "train": ("--train", "full"),

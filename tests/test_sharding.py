@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
-from tests.meshes import ALL, TESTED, TOLERANCE, named
+from tests.meshes import ALL, ALL_AXES, OTHER_REMAT, TESTED, TOLERANCE, named
 from tests.scripts import ROOT, start
 from wanjax.errors import UserError
 from wanjax.sharding import check_heads, check_rows, make_mesh, spec
@@ -21,7 +21,7 @@ def reports(world) -> dict[str, dict]:
     process = start("-m", "tests.meshes", "--world", world, cwd=ROOT)
     out, errors = process.communicate(timeout=1500)
     lines = [json.loads(line) for line in out.splitlines()]
-    assert len(lines) == len(TESTED) + 2, errors
+    assert len(lines) == len(TESTED) + len(OTHER_REMAT) + 3, errors
     return {line["mesh"]: line for line in lines}
 
 
@@ -37,6 +37,12 @@ def test_loss_gradients_and_samples_equal_the_unsharded(sizes, reports):
     # Guidance has two rows: with more of `data` there is nothing to sample.
     assert report["sample"] <= TOLERANCE if sizes["data"] <= 2 else "sample" not in report
     assert report["share"] == pytest.approx(1 / 8)
+
+
+@pytest.mark.parametrize("how", [*OTHER_REMAT, "in turn"])
+def test_gradients_equal_the_unsharded_whatever_is_computed_again_or_in_turn(how, reports):
+    report = reports[f"{named(ALL_AXES)} {how}"]
+    assert report["loss"] <= TOLERANCE and report["gradient"] <= TOLERANCE
 
 
 def test_a_run_goes_on_on_another_mesh(reports):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each row imports only rows before it.
 ROWS = [
     ["types", "errors", "progress", "chips"],
-    ["precision", "sharding", "rope", "outputs", "residency", "text_files", "user_cache"],
+    ["precision", "sharding", "rope", "outputs", "residency", "text_files", "user_cache", "remat"],
     ["attention", "tensor_files", "metrics", "programs", "devices"],
     ["nn"],
     ["causal", "quantisation"],

@@ -10,18 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from tests.meshes import distance
+from tests.scripts import compiled_quickly
 from tests.toy import randomised_adapters, toy_batch, toy_dit
 from wanjax import lora
 from wanjax.checkpoint import RUN_FILE, RUN_VERSION, Checkpoints, check_resumable, read_run
 from wanjax.errors import UserError
-from wanjax.flow import flow_loss, losses_at, sample_times
+from wanjax.flow import draw, losses_at, sample_times
 from wanjax.training import (
     FREE_TO_CHANGE,
     TrainConfig,
     Trainer,
     check_config,
     free_to_change,
+    in_micro_batches,
     make_optimizer,
     place_batch,
     train_step,
@@ -142,7 +146,7 @@ def drawn(monkeypatch, of: str, steps: int = 3) -> list[float]:
     """What `train_step` draws at each of its steps: the mean of its times or of its noise."""
     draw = {"times": lambda times, noise: times, "noise": lambda _, noise: noise.mean((1, 2, 3, 4))}
     monkeypatch.setattr(
-        "wanjax.flow.losses_at", lambda model, batch, times, noise: draw[of](times, noise)
+        "wanjax.training.losses_at", lambda model, batch, times, noise: draw[of](times, noise)
     )
     trainer = Trainer(toy_dit(), CONFIG)
     return [float(trainer.train(toy_batch())["loss"]) for _ in range(steps)]
@@ -178,7 +182,7 @@ def compiled_step(train: str) -> str:
     lowered = train_step.lower(
         trainer.state,
         trainer.frozen,
-        toy_batch(batch=1),
+        in_micro_batches(toy_batch(batch=1), 1),
         jax.random.key(0),
         np.float32(3),
         graph=trainer.graph,
@@ -241,7 +245,6 @@ def test_batch_of_one_is_the_mean_of_two():
         one = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
         alone = losses_at(model, one, times[i : i + 1], noise[i : i + 1])
         np.testing.assert_allclose(alone[0], both[i], rtol=1e-5)
-    assert np.isfinite(flow_loss(model, one, jax.random.key(0), law="uniform", shift=5.0))
 
 
 def test_validation_is_the_same_every_time_and_sees_the_adapters():
@@ -289,17 +292,76 @@ def test_a_run_of_an_older_version_goes_on_and_of_a_newer_one_does_not(tmp_path)
         check_resumable(tmp_path, {**now, "base": "nf4"}, saved, FREE_TO_CHANGE, defaults)
     with pytest.raises(UserError, match="was started with shift=3.0"):
         check_resumable(tmp_path, {**now, "shift": 5.0}, saved, FREE_TO_CHANGE, defaults)
+    with pytest.raises(UserError, match="was started with remat='full'"):
+        check_resumable(tmp_path, {**now, "remat": "none"}, saved, FREE_TO_CHANGE, defaults)
     (tmp_path / RUN_FILE).write_text(json.dumps({**now, "version": RUN_VERSION + 1}))
     with pytest.raises(UserError, match=f"version {RUN_VERSION + 1} .* update wanjax"):
         read_run(tmp_path)
 
 
-def test_keeping_activations_changes_nothing_but_the_memory():
-    trainers = [Trainer(toy_dit(), replace(CONFIG, remat=remat)) for remat in (True, False)]
-    for i in range(2):
-        losses = [float(trainer.train(toy_batch(seed=i))["loss"]) for trainer in trainers]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert trainers[0].graph != trainers[1].graph
+@pytest.fixture(scope="module")
+def kept():
+    """Gradients where everything is kept."""
+    with compiled_quickly():
+        return gradients("none")
+
+
+def gradients(remat: str) -> list[np.ndarray]:
+    """The gradient by every adapter, where all of them act."""
+    trainer = Trainer(toy_dit(), replace(CONFIG, remat=remat))
+    model = randomised_adapters(trainer.model())
+    graph, params, frozen = lora.split(model)
+    batch = toy_batch()
+    times, noise = draw(jax.random.key(3), batch.latents.shape, law="uniform", shift=5.0)
+
+    @jax.jit
+    @jax.grad
+    def find(params):
+        return losses_at(nnx.merge(graph, params, frozen), batch, times, noise).mean()
+
+    program = str(jax.make_jaxpr(find)(params))
+    assert ("MemorySpace.Host" in program) == (remat == "offload")
+    return [np.asarray(x) for x in jax.tree.leaves(find(params))]
+
+
+@pytest.mark.parametrize("remat", ["full", "save_attention", "offload"])
+def test_gradients_are_the_same_whatever_is_computed_again(remat, kept):
+    for a, b in zip(gradients(remat), kept, strict=True):
+        assert np.isfinite(a).all() and np.any(a)
+        assert distance(a, b) <= 1e-6
+
+
+def test_batches_in_turn_equal_one_large_batch():
+    """Parameters and moments after twelve steps with a warm-up and a cool-down: so the rate of
+    every step was the same, and no part of a batch counted for more than the others."""
+    config = replace(CONFIG, steps=12, warmup=4, cooldown=4, remat="full")
+    large = Trainer(toy_dit(), replace(config, batch=4))
+    small = Trainer(toy_dit(), replace(config, batch=1, accumulate=4))
+    start = jax.device_get(large.state.params)
+    for i in range(12):
+        one, other = (trainer.train(toy_batch(batch=4, seed=i)) for trainer in (large, small))
+        for name in ("loss", "gradient_norm"):
+            assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-5)
+    assert large.step == small.step == 12
+    for a, b in zip(leaves(large), leaves(small), strict=True):
+        assert a.dtype == b.dtype and (np.array_equal(a, b) or distance(b, a) <= 1e-5)
+    moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), large.state.params, start)
+    assert min(jax.tree.leaves(moved)) > 1e-2
+
+
+def test_a_batch_that_does_not_divide_into_parts_is_refused():
+    with pytest.raises(UserError, match="3 rows does not divide into accumulate=2"):
+        in_micro_batches(toy_batch(batch=3), 2)
+    with pytest.raises(UserError, match="accumulate=0 is too small"):
+        check_config(replace(CONFIG, accumulate=0))
+
+
+def test_true_and_false_are_full_and_none():
+    for word, remat in ((True, "full"), (False, "none")):
+        assert TrainConfig(remat=word) == TrainConfig(remat=remat)
+    assert TrainConfig().remat == "full"
+    with pytest.raises(UserError, match="no remat policy 'ful'; did you mean 'full'"):
+        TrainConfig(remat="ful")
 
 
 def test_the_cool_down_ends_at_zero_and_holds_the_number_of_steps():

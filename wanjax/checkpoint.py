@@ -30,12 +30,14 @@ from wanjax.lora import LayerAdapter, LoRA, require_finite
 from wanjax.metrics import read_metrics
 from wanjax.nn import STACK
 from wanjax.outputs import whole_file
+from wanjax.remat import parse_remat
 from wanjax.tensor_files import SafetensorsWriter, read_safetensors
 from wanjax.types import PathLike
 
 RUN_FILE = "run.json"
-# Of the settings in it. A file without one is of version 1; 2 brought `residual`; 3 `base`, which
-# had been the name of what is now `weights`, the fingerprint of the denoiser.
+# Of the settings in it. A file without one is of version 1; 2 brought `residual`; 3 `accumulate`,
+# the names of `remat`, which was true or false, and `base`, which had been the name of what is now
+# `weights`, the fingerprint of the denoiser.
 RUN_VERSION = 3
 ADAPTER_FORMAT = "wanjax-lora"
 _OVERHEAD = 256 << 10  # what Orbax writes beside the arrays, some kilobytes
@@ -198,6 +200,8 @@ def read_run(run: PathLike) -> dict[str, Any]:
         )
     if data.get("version", 1) < 3:
         data["weights"] = data.pop("base", None)
+    if isinstance(data.get("remat"), bool):
+        data["remat"] = parse_remat(data["remat"])
     return data
 
 

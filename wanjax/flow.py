@@ -6,6 +6,8 @@ with `t = s*u / (1 + (s-1)*u)`, u from the timestep law; the same map from sigma
 sampling. Source: Wan technical report (arXiv 2503.20314); Esser et al., arXiv 2403.03206.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -42,11 +44,10 @@ def losses_at(
     return jnp.mean((velocity - (noise - data)) ** 2, axis=(1, 2, 3, 4))
 
 
-def flow_loss(
-    model: DiT, batch: Batch, key: jax.Array, *, law: str, shift: float | Float[Array, ""]
-) -> jax.Array:
-    """Mean loss of a batch; all randomness comes from `key`."""
+def draw(
+    key: jax.Array, shape: Sequence[int], *, law: str, shift: float | Float[Array, ""]
+) -> tuple[Float[Array, " B"], Float[Array, "B t h w C"]]:
+    """Times and noise for a batch of latents of this shape; all randomness of a step is here."""
     key_time, key_noise = jax.random.split(key)
-    times = sample_times(key_time, batch.latents.shape[0], law=law, shift=shift)
-    noise = jax.random.normal(key_noise, batch.latents.shape)
-    return losses_at(model, batch, times, noise).mean()
+    times = sample_times(key_time, shape[0], law=law, shift=shift)
+    return times, jax.random.normal(key_noise, shape)

@@ -6,7 +6,7 @@ never stopped, bit for bit.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -24,9 +24,10 @@ from optax.contrib import MuonDimensionNumbers, muon
 from wanjax import lora
 from wanjax.checkpoint import Checkpoints
 from wanjax.errors import UserError
-from wanjax.flow import flow_loss, losses_at
+from wanjax.flow import draw, losses_at
 from wanjax.models.dit import DiT
 from wanjax.quantisation import UNQUANTISED, Base, check_base
+from wanjax.remat import Remat, parse_remat
 from wanjax.sharding import check_rows, constrain_state, one_device, shardings, spec
 from wanjax.types import Batch
 
@@ -46,7 +47,10 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps in all; a run that has fewer goes on from its last checkpoint."""
     batch: int = 1
-    """Windows per step."""
+    """Windows at once."""
+    accumulate: int = 1
+    """Batches a step, one after the other; their mean gradient is that of one batch of all of
+    them, in the memory of one."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: the blocks' matrices by Muon, all else by AdamW; on one device."""
     learning_rate: float = 3e-5
@@ -73,9 +77,10 @@ class TrainConfig:
     """Type of the residual stream. Every block's input is kept for its gradient: in bfloat16 that
     takes half the memory (13 of 27 GB for the 14B at 720p, 33 frames). With dtype float32 it is
     fp32 all the same."""
-    remat: bool = True
-    """Compute each block again for its gradient instead of keeping what it computed; without it
-    steps are faster (a quarter at most) and take many times the memory."""
+    remat: Remat | bool = "full"
+    """What is computed again for the gradient instead of being kept. full (or True): each block;
+    save_attention: each block but its self-attention, for twice the memory; offload: each block,
+    its input kept in the host's memory; none (or False): nothing, for many times the memory."""
     seed: int = 0
     """Of the adapters, the noise and the order of the windows."""
     checkpoint_every: int = 100
@@ -86,6 +91,9 @@ class TrainConfig:
     """Steps between lines of metrics."""
     validate_every: int = 0
     """Steps between losses on the validation split; 0 for never."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "remat", parse_remat(self.remat))
 
 
 # What a resumed run may have otherwise than the run that it goes on from.
@@ -100,7 +108,7 @@ def free_to_change(config: TrainConfig) -> frozenset[str]:
     return FREE_TO_CHANGE - {"steps"} if config.cooldown else FREE_TO_CHANGE
 
 
-_LEAST = {"rank": 1, "steps": 1, "batch": 1, "warmup": 0, "cooldown": 0, "seed": 0}
+_LEAST = {"rank": 1, "steps": 1, "batch": 1, "accumulate": 1, "warmup": 0, "cooldown": 0, "seed": 0}
 _LEAST |= {"checkpoint_every": 1, "keep": 1, "log_every": 1, "validate_every": 0}
 _MOST_SEED = (1 << 32) - 1
 _POSITIVE = ("alpha", "learning_rate", "clip_norm", "shift")
@@ -207,17 +215,35 @@ def train_step(
     optimizer: optax.GradientTransformation,
     law: str,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step; returns the new state, and its loss and gradient norm."""
+    """One step over batches `N B ...` in turn; returns the new state, and the mean loss and its
+    gradient's norm. Times and noise are those of one batch of `N*B`."""
+    count, rows, *shape = batch.latents.shape
+    drawn = draw(jax.random.fold_in(key, state.step), (count * rows, *shape), law=law, shift=shift)
+    drawn = jax.tree.map(lambda x: x.reshape(count, rows, *x.shape[1:]), drawn)
 
-    def loss_of(params: nnx.State) -> jax.Array:
-        model = nnx.merge(graph, params, frozen)
-        return flow_loss(model, batch, jax.random.fold_in(key, state.step), law=law, shift=shift)
+    def loss_of(params: nnx.State, part: tuple) -> jax.Array:
+        return losses_at(nnx.merge(graph, params, frozen), *part).mean()
 
-    loss, gradients = jax.value_and_grad(loss_of)(state.params)
+    value_and_grad = partial(jax.value_and_grad(loss_of), state.params)
+    loss, gradients = _mean(value_and_grad, (batch, *drawn), count)
     updates, moments = optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
     return constrain_state(TrainState(state.step + 1, params, moments)), metrics
+
+
+def _mean(of: Callable, parts: Any, count: int) -> Any:
+    """The mean of `of(part)` over the parts along the first axis, one after the other."""
+    if count == 1:
+        return of(jax.tree.map(lambda x: x[0], parts))
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return constrain_state(jax.tree.map(jnp.add, total, of(part))), None
+
+    like = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts))
+    nothing = constrain_state(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
+    total, _ = jax.lax.scan(add, nothing, parts)
+    return jax.tree.map(lambda x: x / count, total)
 
 
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -254,13 +280,22 @@ def _examples(batch: Batch) -> list[Batch]:
     return [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(batch.latents))]
 
 
-def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """A host batch on the devices, its examples spread over the mesh's `data` axis."""
-    check_rows(batch.latents.shape[0], mesh, "A batch")
+def in_micro_batches(batch: Batch, count: int) -> Batch:
+    """The rows of a host batch as `count` batches: `N*B ...` as `N B ...`."""
+    rows = len(batch.latents)
+    if rows % count:
+        raise UserError(f"A batch of {rows} rows does not divide into accumulate={count} parts.")
+    return jax.tree.map(lambda x: x.reshape(count, rows // count, *x.shape[1:]), batch)
+
+
+def place_batch(batch: Batch, mesh: Mesh, axes: tuple[str | None, ...] = ("batch",)) -> Batch:
+    """A host batch on the devices, its examples spread over the mesh's `data` axis; `axes` names
+    its first axes."""
+    check_rows(batch.latents.shape[axes.index("batch")], mesh, "A batch")
 
     def place(x: np.ndarray) -> jax.Array:
-        axes = ("batch",) + (None,) * (x.ndim - 1)
-        return jax.device_put(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
+        names = axes + (None,) * (x.ndim - len(axes))
+        return jax.device_put(x, NamedSharding(mesh, spec(names, x.shape, mesh)))
 
     return jax.tree.map(place, batch)
 
@@ -279,12 +314,14 @@ class Trainer:
         self._key = jax.random.key(config.seed)
 
     def train(self, batch: Batch) -> dict[str, jax.Array]:
-        """One optimizer step on a host batch. Nothing here waits for the device."""
+        """One optimizer step on a host batch, all `batch * accumulate` rows of it. Nothing here
+        waits for the device."""
+        parts = in_micro_batches(batch, self.config.accumulate)
         with self.on_mesh():
             self.state, metrics = train_step(
                 self.state,
                 self.frozen,
-                place_batch(batch, self.mesh),
+                place_batch(parts, self.mesh, (None, "batch")),
                 self._key,
                 np.float32(self.config.shift),
                 graph=self.graph,

@@ -28,26 +28,28 @@ def attention(
     queries: str | None = None,
     keys: str | None = None,
     count: int | None = None,
+    name: str | None = None,
 ) -> Float[Array, "B N K E"]:
     """`softmax(q k^T / sqrt(E)) v` for every head, in the inputs' type; differentiable.
 
     `queries` and `keys` name the axes of N and M (`wanjax.sharding.RULES`) that may be split over
     devices. Keys without a name, as those of text and image, are whole on every device and are
-    never exchanged. Keys from `count` on are padding. Raises `UserError` for heads that the mesh
-    does not divide.
+    never exchanged. Keys from `count` on are padding. With a `name` a remat policy may save what
+    each device computed (`wanjax.remat`). Raises `UserError` for heads that the mesh does not
+    divide.
     """
     count = None if count == key.shape[1] else count
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
-        return compute(query, key, value, count)
+        return compute(query, key, value, count, name=name)
     by_query = spec(("batch", queries, None, None), query.shape, mesh)
     by_key = spec(("batch", keys, None, None), key.shape, mesh)
     if keys is not None and by_key == by_query and by_key[1:]:
         ring, ulysses = mesh.shape["ring"], mesh.shape["ulysses"]
         check_heads(query.shape[2], ulysses)
-        here = partial(shared, count=count, ring=ring, ulysses=ulysses)
+        here = partial(shared, count=count, name=name, ring=ring, ulysses=ulysses)
     else:
-        here = partial(compute, count=count)
+        here = partial(compute, count=count, name=name)
         by_key = spec(("batch", None, None, None), key.shape, mesh)
     split = jax.shard_map(
         here, mesh=mesh, in_specs=(by_query, by_key, by_key), out_specs=by_query, check_vma=False

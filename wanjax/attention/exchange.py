@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from wanjax.attention.kernels import Output, compute, compute_with_lse
 from wanjax.attention.reference import HIDDEN, Count, attend_gradients
+from wanjax.remat import named
 
 
 def shared(
@@ -24,27 +25,29 @@ def shared(
     value: Float[Array, "B n K E"],
     count: int | None,
     *,
+    name: str | None,
     ring: int,
     ulysses: int,
 ) -> Float[Array, "B n K E"]:
     """This device's tokens after they attended to those of all devices of the sequence; tokens from
-    `count` on, over the whole sequence, are padding."""
+    `count` on, over the whole sequence, are padding. What bears `name` lies between the exchanges:
+    a gradient that computes a block again repeats these, whatever it kept."""
     if ulysses > 1:
         query, key, value = (
             jax.lax.all_to_all(x, "ulysses", split_axis=2, concat_axis=1, tiled=True)
             for x in (query, key, value)
         )
     if ring > 1:
-        out = ring_attention(ring, count, query, key, value)
+        out = ring_attention(ring, count, name, query, key, value)
     else:
-        out = compute(query, key, value, count)
+        out = compute(query, key, value, count, name=name)
     if ulysses > 1:
         out = jax.lax.all_to_all(out, "ulysses", split_axis=1, concat_axis=2, tiled=True)
     return out
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def ring_attention(size: int, count: int | None, query, key, value):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def ring_attention(size: int, count: int | None, name: str | None, query, key, value):
     """Attention over the mesh's axis `ring`, of `size` devices; exact, forward and gradient."""
     return _forward(size, count, query, key, value)[0].astype(query.dtype)
 
@@ -64,13 +67,13 @@ def _forward(size, count, query, key, value) -> Output:
     return out, lse
 
 
-def _forward_and_keep(size, count, query, key, value):
+def _forward_and_keep(size, count, name, query, key, value):
     out, lse = _forward(size, count, query, key, value)
-    out = out.astype(query.dtype)
+    out, lse = named((out.astype(query.dtype), lse), name)
     return out, (query, key, value, out, lse)
 
 
-def _backward(size, count, kept, change):
+def _backward(size, count, name, kept, change):
     """Keys and values go around again, and their gradients go with them until they are home."""
     query, key, value, out, lse = kept
     delta = jnp.sum(out.astype(jnp.float32) * change.astype(jnp.float32), axis=-1)

@@ -7,6 +7,7 @@ there the reference takes what is short, and what is long on a CPU only.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float
 
 from wanjax.attention.reference import Count, attend
 from wanjax.errors import UserError
+from wanjax.remat import named, naming_residuals
 
 # On accelerators the reference takes up to so many tokens: its many small products waste a chip.
 REFERENCE_LIMIT = 16_384
@@ -56,16 +58,20 @@ def compute(
     query: Float[Array, "B N K E"],
     key: Float[Array, "B M K E"],
     value: Float[Array, "B M K E"],
-    count: Count = None,
+    count: int | None = None,
+    *,
+    name: str | None = None,
 ) -> Float[Array, "B N K E"]:
-    """Attention on this device; differentiable. Keys from `count` on are padding."""
+    """Attention on this device; differentiable. Keys from `count` on are padding. Where there is a
+    `name`, the result and what else a gradient wants of it bear it."""
     platform, chip = _target()
     if platform == "tpu" and _splash_takes(query):
-        return splash(query, key, value, count, CHIPS.get(chip, OTHER_TPU))
+        return splash(query, key, value, count, CHIPS.get(chip, OTHER_TPU), name=name)
     if platform == "gpu" and _cudnn_takes(query):
-        return cudnn(query, key, value, count)
+        return cudnn(query, key, value, count, name=name)
     query = _reference_may(query, platform)
-    return attend(query, key, value, count)[0].astype(query.dtype)
+    # Its gradient wants no log-sum-exp: it computes each chunk's softmax again.
+    return named(attend(query, key, value, count)[0].astype(query.dtype), name)
 
 
 def compute_with_lse(
@@ -132,21 +138,31 @@ def _refuse(context, x, message):
 mlir.register_lowering(only_on_cpu, _refuse)
 
 
-def splash(query, key, value, count: Count, blocks: Blocks, *, interpret: bool = False):
+def splash(
+    query,
+    key,
+    value,
+    count: Count,
+    blocks: Blocks,
+    *,
+    name: str | None = None,
+    interpret: bool = False,
+):
     """TPU splash attention, whole blocks of real keys and a mask over what fills the last ones."""
-    run, length = _splash(query, key, blocks, interpret=interpret, save_residuals=False)
+    kept = {"save_residuals": False, "residual_checkpoint_name": name}
+    run, length = _splash(query, key, blocks, kept, interpret=interpret)
     out = run(query, key, value, count)
     return rearrange(out[:, :, :length], "B K N E -> B N K E")
 
 
 def splash_with_lse(query, key, value, count: Count, blocks: Blocks, *, interpret: bool = False):
-    run, length = _splash(query, key, blocks, interpret=interpret, save_residuals=True)
+    run, length = _splash(query, key, blocks, {"save_residuals": True}, interpret=interpret)
     out, (lse,) = run(query, key, value, count)
     out = rearrange(out[:, :, :length], "B K N E -> B N K E").astype(jnp.float32)
     return out, rearrange(lse[:, :, :length], "B K N -> B N K").astype(jnp.float32)
 
 
-def _splash(query, key, blocks: Blocks, *, interpret: bool, save_residuals: bool):
+def _splash(query, key, blocks: Blocks, kept: dict[str, Any], *, interpret: bool):
     """A function of q, k, v and the count of real keys; and the number of queries."""
     (_, n, heads, head_size), m = query.shape, key.shape[1]
     sizes = _block_sizes(n, m, blocks)
@@ -159,8 +175,8 @@ def _splash(query, key, blocks: Blocks, *, interpret: bool, save_residuals: bool
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        save_residuals=save_residuals,
         interpret=interpret,
+        **kept,
     )
 
     def run(query: jax.Array, key: jax.Array, value: jax.Array, count: Count) -> Callable:
@@ -206,25 +222,30 @@ def _fill(x: Float[Array, "B K N E"], length: int) -> Float[Array, "B K M E"]:
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
 
 
-def cudnn(query, key, value, count: Count):
+def cudnn(query, key, value, count: int | None, *, name: str | None = None):
     """cuDNN's fused attention. Padding is told by the number of real keys: a mask would become a
     bias of `N x N`."""
-    q, k, v, lengths = _for_cudnn(query, key, value, count)
-    out = jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
-    )
-    return out[:, : query.shape[1]]
+    q, k, v, count = _for_cudnn(query, key, value, count)
+
+    def run(q, k, v):
+        lengths = _lengths(q, count)
+        return jax.nn.dot_product_attention(
+            q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
+
+    run = run if name is None else naming_residuals(run, name)
+    return run(q, k, v)[:, : query.shape[1]]
 
 
 def cudnn_with_lse(query, key, value, count: Count):
     # The public function rounds the log-sum-exp to bf16, with which parts join 1 % wrong.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-    q, k, v, lengths = _for_cudnn(query, key, value, count)
+    q, k, v, count = _for_cudnn(query, key, value, count)
     padding = {}
-    if lengths is not None:
-        queries = jnp.full(q.shape[0], q.shape[1], jnp.int32)
-        padding = {"mask_type": MaskType.PADDING, "q_seqlen": queries, "kv_seqlen": lengths}
+    if count is not None:
+        lengths = {"q_seqlen": _lengths(q, q.shape[1]), "kv_seqlen": _lengths(q, count)}
+        padding = {"mask_type": MaskType.PADDING, **lengths}
     scale = q.shape[-1] ** -0.5
     out, lse = dot_product_attention(q, k, v, scale=scale, return_residual=True, **padding)
     length = query.shape[1]
@@ -232,9 +253,12 @@ def cudnn_with_lse(query, key, value, count: Count):
 
 
 def _for_cudnn(query, key, value, count: Count):
-    """The arrays at even lengths, which its gradient wants, and the number of real keys."""
+    """The arrays at even lengths, which its gradient wants, and how many keys are real."""
     even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))  # noqa: E731
     if key.shape[1] % 2 and count is None:
         count = key.shape[1]
-    lengths = None if count is None else jnp.full(query.shape[0], count, jnp.int32)
-    return even(query), even(key), even(value), lengths
+    return even(query), even(key), even(value), count
+
+
+def _lengths(query, count: Count):
+    return None if count is None else jnp.full(query.shape[0], count, jnp.int32)

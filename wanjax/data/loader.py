@@ -18,6 +18,7 @@ def make_loader(
     split: str = "train",
     *,
     batch: int,
+    accumulate: int = 1,
     seed: int,
     repeat: bool = True,
     process: int = 0,
@@ -26,21 +27,24 @@ def make_loader(
 ) -> grain.DatasetIterator[Batch]:
     """An iterator of `Batch`es of NumPy arrays; `get_state` and `set_state` restore it exactly.
 
-    `batch` is global: process `process` of `processes` gets its `batch / processes` consecutive
-    rows. `data_parallel` is the number of devices that share a batch. With `repeat` it never ends,
-    and epochs run into each other; without, it is one shuffled epoch whose last batch may be short.
-    Raises `UserError`, with the numbers, for what does not divide or is too large.
+    With `accumulate` each holds so many batches of `batch` windows, one behind the other, and may
+    reach over an epoch's end. `batch` is global: process `process` of `processes` gets its `batch /
+    processes` consecutive rows of each. `data_parallel` is the number of devices that share a
+    batch. With `repeat` it never ends, and epochs run into each other; without, it is one shuffled
+    epoch whose last batch may be short. Raises `UserError`, with the numbers, for what does not
+    divide or is too large.
     """
     source = features.source(split)
     _check(len(source), batch, repeat, processes, data_parallel, f"{features.path} ({split})")
 
     def read(indices: np.ndarray) -> Batch:
-        mine = np.array_split(indices, processes)[process]
-        return collate([source[int(index)] for index in mine])
+        rows = indices.reshape(accumulate, -1)
+        mine = np.array_split(rows, processes, axis=1)[process]
+        return collate([source[int(index)] for index in mine.ravel()])
 
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
     order = order.repeat() if repeat else order
-    batches = order.batch(batch, drop_remainder=repeat).map(read)
+    batches = order.batch(batch * accumulate, drop_remainder=repeat).map(read)
     # A batch is read at once by one thread; a few ahead hide the disk behind the step.
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(batches.to_iter_dataset(reading))

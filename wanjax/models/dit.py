@@ -33,6 +33,7 @@ from wanjax.nn import (
     xavier_uniform,
 )
 from wanjax.precision import ASKED, precision_of
+from wanjax.remat import ATTENTION, Remat, checkpointed
 from wanjax.rope import rotary_table, rotate
 from wanjax.sharding import constrain, fill, whole
 
@@ -108,7 +109,7 @@ class SelfAttention(nnx.Module):
         q = rotate(split_heads(self.norm_q(self.q(x)), self.head_size), rotary)
         k = rotate(split_heads(self.norm_k(self.k(x)), self.head_size), rotary)
         v = split_heads(self.v(x), self.head_size)
-        out = attention(q, k, v, queries="tokens", keys="tokens", count=count)
+        out = attention(q, k, v, queries="tokens", keys="tokens", count=count, name=ATTENTION)
         return self.o(join_heads(out))
 
 
@@ -235,7 +236,7 @@ class DiT(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
         self.config = config
-        self.remat = True  # keep a block's input alone for its gradient, and compute it again
+        self.remat: Remat = "full"
         self.residual = "float32"
         self.compute = precision_of("matrix", dtype).compute
         d = config.dim
@@ -273,7 +274,7 @@ class DiT(nnx.Module):
         def project(_: None, cross: CrossAttention) -> tuple[None, Context]:
             return None, whole(cross).context(text, image)
 
-        if self.remat:  # the products are kept, so that their weights are not gathered again
+        if self.remat != "none":  # products are kept, so that their weights are not gathered again
             project = jax.checkpoint(project, policy=jax.checkpoint_policies.dots_saveable)
         return jax.lax.scan(project, None, self.blocks.cross_attn)[1]
 
@@ -302,8 +303,7 @@ class DiT(nnx.Module):
             block, context = given
             return whole(block)(x, time_blocks, context, rotary, count), None
 
-        step = jax.checkpoint(step) if self.remat else step
-        x, _ = jax.lax.scan(step, x, (self.blocks, context))
+        x, _ = jax.lax.scan(checkpointed(step, self.remat), x, (self.blocks, context))
         x = constrain(self.head(x, time), "batch", "tokens", None)[:, :count]
         (t, h, w), (a, b, c) = grid, self.config.patch_size
         return rearrange(

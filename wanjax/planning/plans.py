@@ -303,7 +303,7 @@ def _programs(request: Request, mesh: Mesh, name: Phase) -> list[Program]:
 def _flops(request: Request, name: Phase, program: Program) -> float:
     if name == "train":
         settings = request.settings
-        return getattr(settings, "accumulate", 1) * work.train_step(
+        return settings.accumulate * work.train_step(
             request.dit, request.grid, windows=settings.batch, remat=settings.remat,
             full=settings.train == "full",
         )  # fmt: skip
@@ -353,6 +353,6 @@ def _activations(request: Request, name: Phase) -> float:
     if name != "train":
         return 0.0
     settings = request.settings
-    rows = settings.batch * getattr(settings, "accumulate", 1)
+    rows = settings.batch * settings.accumulate
     passes = 2 if settings.remat == "none" else 3
     return work.traffic(request.dit, request.grid, rows=rows, passes=passes)

@@ -88,7 +88,7 @@ def denoise(
 def train(
     config: DiTConfig, grid: Grid, settings: TrainConfig, mesh: Mesh | None = None
 ) -> Program:
-    """One optimizer step as the settings say."""
+    """One optimizer step as the settings say, over all the batches that it takes in turn."""
 
     def build():
         dtype = "float32" if settings.train == "full" else settings.dtype
@@ -99,12 +99,15 @@ def train(
     optimizer = make_optimizer(settings)
     batch = settings.batch
     latents = jax.ShapeDtypeStruct((batch, *grid, config.out_channels), jnp.bfloat16)
-    examples = Batch(latents, _condition(config, grid, batch, jnp.bfloat16))
+    examples = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((settings.accumulate, *x.shape), x.dtype),
+        Batch(latents, _condition(config, grid, batch, jnp.bfloat16)),
+    )
     step = placed(jax.ShapeDtypeStruct((), jnp.int32), mesh)
     given = (
         TrainState(step, trained, _moments(optimizer, trained, mesh)),
         frozen,
-        placed(examples, mesh, "batch"),
+        placed(examples, mesh, None, "batch"),
         placed(jax.eval_shape(lambda: jax.random.key(0)), mesh),
         placed(jax.ShapeDtypeStruct((), jnp.float32), mesh),
     )

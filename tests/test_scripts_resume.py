@@ -163,7 +163,7 @@ def test_other_settings_are_refused_by_name(world, broken, tmp_path, monkeypatch
 
     write_checkpoint(tmp_path / "ck", seed=1)
     assert fingerprint("ck", "vae") == fingerprint(tmp_path / "ck", "vae")
-    assert "was started with base=" in refusal("--checkpoint", tmp_path / "ck")
+    assert "was started with weights=" in refusal("--checkpoint", tmp_path / "ck")
 
     other = shutil.copytree("features", tmp_path / "features")
     manifest = json.loads((other / "wanjax.json").read_text())

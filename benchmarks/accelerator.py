@@ -70,22 +70,34 @@ class Step:
     run: Callable[[jax.stages.Compiled], Callable[[], jax.Array]]
     """From the executable to a call that runs it on random data, and gives what must be finite."""
     flops: float | None
-    compiled: jax.stages.Compiled = field(init=False)
+    compiled: jax.stages.Compiled | None = field(init=False, default=None)
     compiled_in: float = field(init=False)
+    failed: str = field(init=False, default="")
 
     def compile(self) -> None:
         start = time.perf_counter()
-        self.compiled = self.program.traced.lower().compile()
+        try:
+            self.compiled = self.program.traced.lower().compile()
+        except Exception as error:  # the others are worth having
+            self.failed = f"not compiled: {str(error).splitlines()[0][:200]}"
         self.compiled_in = time.perf_counter() - start
 
     @property
     def planned(self) -> int:
         """Bytes that the compiler foresees, and those of weights that it does not see."""
+        if self.compiled is None:
+            return 0
         return self.compiled.memory_analysis().peak_memory_in_bytes + self.program.idle()
 
     def line(self, repeats: int) -> Line:
+        if self.failed:
+            return Line(self.name, 0, note=self.failed)
         call = self.run(self.compiled)
-        found = np.asarray(call(), np.float32)
+        try:
+            found = np.asarray(call(), np.float32)
+        except jax.errors.JaxRuntimeError as error:
+            note = f"not run: {str(error).splitlines()[0][:200]}"
+            return Line(self.name, 0, planned=self.planned, note=note)
         note = "" if np.isfinite(found).all() else "**NaN**"
         return Line(
             self.name, timed(call, repeats), self.flops, self.planned, self.compiled_in, note

@@ -16,7 +16,7 @@ import secrets
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,11 @@ from wanjax.latents import (
 )
 from wanjax.lora import LoRA
 from wanjax.outputs import require_writable
-from wanjax.pictures import check_pictures, read_picture
+from wanjax.pictures import check_pictures, choose_size, read_picture
 from wanjax.pipeline import Conditioned, Pipeline
 from wanjax.planning.table import nearest_row
 from wanjax.precision import parse_dtype
+from wanjax.program_file import facts_of, programs_of
 from wanjax.programs import keep_programs
 from wanjax.quantisation import UNQUANTISED
 from wanjax.solvers import check_seed, make_schedule
@@ -57,12 +58,14 @@ PER_VIDEO = frozenset(
     + ["height", "width", "steps", "guidance", "shift", "solver", "lora"]
 )
 REMEDY = (
-    "use --branches in-turn, --residency host, fewer --frames, a smaller size or more devices "
-    "(--mesh)"
+    "use --branches in-turn, a quantised --base, --residency host, fewer --frames, a smaller size "
+    "or more devices (--mesh)"
 )
 MAKES_LATENTS = PER_VIDEO - {"out", "lora"} | {"area", "sigmas", "preprocess"}
 
-NOT_IN_A_VIDEO = frozenset(["out", "jobs", "mesh", "residency"])  # where it is made, and goes
+NOT_IN_A_VIDEO = frozenset(
+    ["out", "jobs", "mesh", "residency", "aot"]
+)  # where it is made, and goes
 
 
 def main() -> None:
@@ -86,8 +89,33 @@ def main() -> None:
     for lora, group in groups.items():
         pipeline = open_pipeline(preset, job, lora, group)
         ready.append((pipeline, group, Earlier.of(pipeline, group)))
-    while ready:
-        make(*ready.pop(0))  # with its adapters a pipeline goes, and its weights leave the device
+    with all_programs(job, ready[0][0], videos) if ready else nullcontext():
+        while ready:
+            make(*ready.pop(0))  # with its adapters a pipeline goes, and its weights from devices
+
+
+def all_programs(
+    job: SampleJob, pipeline: Pipeline, videos: Sequence[SampleJob]
+) -> AbstractContextManager:
+    """What is compiled comes from the file of --aot and goes there, if one is given."""
+    if job.aot is None:
+        return nullcontext()
+    dit = pipeline.configs["dit"]
+    facts = facts_of(pipeline.mesh) | {
+        "model": f"{dit.kind} {dit.dim}x{dit.num_layers}",
+        "precision": f"{job.dtype} {job.base} {job.residual}",
+        "branches": job.branches,
+        "guidance": " ".join(sorted({str(video.guidance != 1) for video in videos})),
+        "sizes": " ".join(sorted({size_of(video) for video in videos})),
+    }
+    return programs_of(job.aot, facts)
+
+
+def size_of(video: SampleJob) -> str:
+    """`81x720x1280`, as the request or its picture decides."""
+    pictures = [read_picture(p) for p in (video.image, video.last_image) if p is not None]
+    height, width = choose_size(video.height, video.width, video.area, pictures)
+    return f"{video.frames}x{height}x{width}"
 
 
 def open_pipeline(

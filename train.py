@@ -87,8 +87,8 @@ def memory_told(job: TrainJob, mesh: Mesh | None, features: Features) -> Abstrac
         f"training on {frames} frames of {width}x{height}, {job.settings.batch} windows a step,",
         mesh,
         nearest_row("train", frames, height, width, mesh.size),
-        "use --remat True, a smaller --batch, more devices (--mesh), or features of smaller or "
-        "shorter windows",
+        "use --remat full, a smaller --batch with more --accumulate, a quantised --base, more "
+        "devices (--mesh), or features of smaller or shorter windows",
     )
 
 

@@ -131,6 +131,9 @@ class SampleJob:
     """Guidance's two branches as one batch, or one after the other, in less memory."""
     mesh: str | None = None
     """Devices, such as data=1,ring=1,ulysses=8; all on one device when left out."""
+    aot: Path | None = None
+    """File of all compiled programs: the first run writes it, the next ones load it and compile
+    nothing (docs/startup.md)."""
     residency: Literal["auto", "stay", "host", "disk"] = "auto"
     """What networks do that a phase does not need. auto: they stay where all fit in half of the
     device's memory, else wait in the host's, or are read again; stay, host, disk: always so."""

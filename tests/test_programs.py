@@ -56,7 +56,7 @@ def test_another_machine_version_or_flag_finds_nothing(cache, monkeypatch, chang
     if changed == "jaxlib":
         monkeypatch.setattr(programs.jaxlib, "__version__", "9")
     elif changed == "cpu":
-        monkeypatch.setattr(programs, "_cpu", lambda: "model name: another")
+        monkeypatch.setattr(programs, "cpu", lambda: "model name: another")
     else:
         monkeypatch.setenv(changed, "--xla_another=true")
     assert Programs(cache.folder).get(KEY) is None

@@ -13,7 +13,7 @@ ROWS = [
     ["types", "errors", "progress", "chips"],
     ["precision", "sharding", "rope", "outputs", "residency", "text_files", "user_cache", "remat"],
     ["attention", "tensor_files", "metrics", "programs", "devices"],
-    ["nn"],
+    ["nn", "program_file"],
     ["causal", "quantisation"],
     ["models"],
     ["lora", "flow", "solvers", "text", "work", "placement"],

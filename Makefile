@@ -54,7 +54,8 @@ test-matrix: test-tree-mode test-newest
 CORE := tests/test_nn.py tests/test_lora.py tests/test_training.py tests/test_vae.py \
 	tests/test_weights.py
 NETWORKS := tests/parity/test_dit.py tests/parity/test_umt5.py tests/parity/test_clip.py
-PROGRAMS := tests/test_solvers.py tests/test_sharding.py tests/test_scripts.py
+PROGRAMS := tests/test_solvers.py tests/test_sharding.py tests/test_scripts.py \
+	tests/test_programs.py tests/test_program_file.py
 
 test-tree-mode: $(VENV)/.test
 	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(RUN) -m pytest $(BY_FILE) $(CORE) $(NETWORKS)

@@ -49,6 +49,7 @@ from wanjax.precision import parse_dtype
 from wanjax.program_file import facts_of, programs_of
 from wanjax.programs import keep_programs
 from wanjax.quantisation import UNQUANTISED
+from wanjax.residency import device_memory
 from wanjax.solvers import check_seed, make_schedule
 from wanjax.text_files import read_objects, whole_characters
 from wanjax.weights import fingerprint
@@ -215,10 +216,12 @@ def describe(video: SampleJob) -> dict[str, Any]:
 
 
 def denoise(pipeline: Pipeline, video: SampleJob, given: Conditioned) -> Latents:
-    """What takes the time: the least that it can be is said first, where the chip is known."""
-    if floor := pipeline.speed(given, video.guidance).floor():
-        devices = describe_devices(pipeline.mesh.size)
-        sys.stderr.write(f"{video.out}: {floor}, on {devices}\n")
+    """What takes the time. What there is for it, and the least that a step can take, is said first
+    where the platform tells."""
+    floor = pipeline.speed(given, video.guidance).floor()
+    if floor or device_memory() is not None:
+        said = [*filter(None, [floor]), f"on {describe_devices(pipeline.mesh.size)}"]
+        sys.stderr.write(f"{video.out}: {', '.join(said)}\n")
     with memory_told("denoise", pipeline, given.frames, given.height, given.width):
         return pipeline.denoise(
             given,

@@ -5,7 +5,7 @@ import os
 import jax
 import pytest
 
-from tests.scripts import ROOT, start
+from tests.scripts import ROOT, run, start
 from wanjax import devices
 from wanjax.chips import CHIPS, GIB, GPU_FRACTION
 from wanjax.devices import FRACTION, Speed, claim_memory, describe_devices, memory_explained
@@ -29,6 +29,17 @@ def test_the_share_of_a_gpu_is_set_unless_the_user_has(monkeypatch):
     claim_memory()
     assert os.environ[FRACTION] == str(GPU_FRACTION)
     monkeypatch.delenv(FRACTION)
+
+
+@pytest.mark.compiles
+def test_no_script_starts_a_device_before_it_has_asked_for_memory(tmp_path):
+    """The share is read when JAX's first device starts, which importing a script must not do."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import encode, sample, train;"
+        "from jax._src.xla_bridge import backends_are_initialized as started;"
+        "assert not started(); import jax; jax.devices(); assert started()"
+    )
+    run("-c", code, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("name", devices._OF_THE_USER)

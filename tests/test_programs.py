@@ -217,7 +217,7 @@ def test_no_home_no_room_and_the_users_own_folder(tmp_path):
 @pytest.mark.compiles
 def test_a_second_sample_compiles_nothing(world, tmp_path):
     """All of sample.py's programs have keys that the next process finds again; the video is the
-    same to the bit."""
+    same to the bit. It takes two processes, of which the first compiles all."""
     words = ("sample.py", "nano", "--checkpoint", world / "ck", "--image", world / "picture.png")
     words += ("--prompt", "rain", "--steps", 2, *SIZE)
     environment = PLAIN | {"XDG_CACHE_HOME": str(tmp_path)}

@@ -49,6 +49,8 @@ def test_the_compilers_peak_counts_where_it_gives_one():
     assert memory_of(analysis(peak_memory_in_bytes=14), 3, 20) == Memory(10, 5, 14, 3, 20)
     assert memory_of(analysis(), 0, 20).total == 10 + 5 + 2 - 1
     assert memory_of(analysis(peak_memory_in_bytes=0), 0, 20).total == 16
+    offloaded = analysis(peak_memory_in_bytes=21, host_temp_size_in_bytes=6)
+    assert memory_of(offloaded, 0, 20) == Memory(10, 5, 16, 0, 20, host=6)
 
 
 @pytest.mark.parametrize(

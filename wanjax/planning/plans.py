@@ -81,13 +81,15 @@ class Request:
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one device. `idle` are weights that lie there and that the program does not look
-    at, of this network and of others; `total` is the compiler's peak, without them."""
+    at, of this network and of others; `total` is the compiler's peak, without them; `host` lies in
+    the host's memory, where `offload` puts it."""
 
     arguments: int
     temporaries: int
     total: int
     idle: int
     capacity: int | None
+    host: int = 0
 
     @property
     def held(self) -> int:
@@ -260,11 +262,13 @@ def memory_of(analysis: Any, idle: int, capacity: int | None) -> Memory | None:
     summed = arguments + temporaries + output - alias
     peak = getattr(analysis, "peak_memory_in_bytes", None)
     known = isinstance(peak, int) and peak >= arguments
-    total = peak if known else summed
+    # What lies in the host's memory counts in some peaks, and never in the sum.
+    total = min(peak, summed) if known else summed
     # No program of these reads nothing and works with nothing: that is a platform without answer.
     if arguments <= 0 or temporaries <= 0 or total <= 0:
         return None
-    return Memory(arguments, temporaries, total, idle, capacity)
+    host = getattr(analysis, "host_temp_size_in_bytes", 0)
+    return Memory(arguments, temporaries, total, idle, capacity, host)
 
 
 def sent_by(compiled: jax.stages.Compiled) -> dict[str, int] | None:

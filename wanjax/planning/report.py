@@ -7,7 +7,17 @@ from wanjax.chips import GIB, GPU_FRACTION, RESERVE, Chip
 from wanjax.planning.plans import Memory, PhasePlan, Plan, Request
 
 UNKNOWN = "unknown"
-_COLUMNS = ["phase", "arguments", "temporaries", "peak", "idle beside", "of", "PFLOP", "GB sent"]
+_COLUMNS = [
+    "phase",
+    "arguments",
+    "temporaries",
+    "peak",
+    "idle beside",
+    "of",
+    "host",
+    "PFLOP",
+    "GB sent",
+]
 _COLUMNS += ["s: arithmetic", "memory", "wire", "about"]
 HEAD = f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|"
 
@@ -84,6 +94,7 @@ def _row(name: str, phase: PhasePlan) -> str:
         peak,
         of("idle"),
         of("capacity"),
+        of("host"),
         UNKNOWN if phase.flops is None else f"{phase.flops / 1e15:.3f}",
         UNKNOWN if sent is None else f"{sum(sent.values()) / 1e9:.1f}",
         *(_seconds(s) for s in (seconds.compute, seconds.memory, seconds.network)),

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,7 +182,7 @@ class Freeing:
                     for name in {part.network for part in parts}:
                         writers[name].sync()
                     self._leave_stand_in(file, sources)
-                self._original(file).unlink(missing_ok=True)
+                _free(self._original(file))
 
     def finish(self, dst: Path) -> None:
         """The native folder takes its place."""
@@ -267,6 +267,13 @@ def _write(part: Part, writer: SafetensorsWriter, advance: Advance, done: bool) 
     drop_pages(part.view)
 
 
+def _free(file: Path) -> None:
+    """Delete a file, and give back its room now: it is mapped, and would keep it till the end."""
+    with suppress(FileNotFoundError), file.open("r+b") as opened:
+        file.unlink()
+        opened.truncate(0)
+
+
 def _refuse_links(file: Path, src: Path) -> None:
     links = [p for p in (file, *file.parents) if p.is_symlink() and p != src and src in p.parents]
     if file.is_symlink() or links or file.stat().st_nlink > 1:
@@ -275,10 +282,10 @@ def _refuse_links(file: Path, src: Path) -> None:
             "it points to may be others'; leave --delete-source out, or use a folder of files of "
             "its own (hf download --local-dir)."
         )
-    if not os.access(file.parent, os.W_OK | os.X_OK):
+    if not (os.access(file.parent, os.W_OK | os.X_OK) and os.access(file, os.W_OK)):
         raise UserError(
-            f"{file} may not be deleted, as its folder may not be written to; leave "
-            "--delete-source out, or change its permissions."
+            f"{file} may not be deleted, as it or its folder may not be written to; leave "
+            "--delete-source out, or change the permissions."
         )
 
 

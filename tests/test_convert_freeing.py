@@ -63,6 +63,22 @@ def test_the_result_is_the_same_and_the_weights_are_gone(source, official, nativ
     assert {p.name for p in source.parent.iterdir()} == {"official", "native"}
 
 
+def test_the_room_is_there_while_the_conversion_goes_on(source, monkeypatch):
+    """A file that is mapped keeps its room when it is deleted."""
+    opened = {path.name: path.open("rb") for path in weights(source)}
+    left: list[int] = []
+    leave = freeing.Freeing._leave_stand_in
+
+    def look(self, *given) -> None:
+        left.append(sum(os.fstat(file.fileno()).st_blocks > 0 for file in opened.values()))
+        leave(self, *given)
+
+    monkeypatch.setattr(freeing.Freeing, "_leave_stand_in", look)
+    main(words(source))
+    assert left == [6, 5, 4, 3, 2, 1]
+    assert not any(os.fstat(file.fileno()).st_blocks for file in opened.values())
+
+
 class Crash(BaseException):
     """The process ends here."""
 

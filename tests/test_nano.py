@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from wanjax.data.video import write_video
 from wanjax.errors import UserError
 from wanjax.models import NETWORKS
 from wanjax.precision import parse_dtype
+from wanjax.training import Trainer
+from wanjax.types import Batch
+from wanjax.weights import load_network
 
 NANO = demo.NANO
 
@@ -37,6 +41,12 @@ def film() -> np.ndarray:
     """Of the shot of Big Buck Bunny that was held out the middle window: `T H W 3` in [-1, 1]."""
     cut = windows([Shot(packaged_bunny(), "bunny", demo.BUNNY_CAPTION)], FRAMES, FPS, 4)
     return demo.truth_of(cut[len(cut) // 2])
+
+
+@pytest.fixture(scope="module")
+def batch(nano, film) -> Batch:
+    """The film as training sees it."""
+    return batch_of(nano, pixels(film), demo.BUNNY_CAPTION)
 
 
 def test_the_files_are_small_and_all_of_a_pipeline():
@@ -78,12 +88,27 @@ def test_the_vae_gives_a_film_back_without_flicker(nano, film):
 
 
 @pytest.mark.compiles
-def test_a_video_begins_with_its_picture_and_moves(nano, film):
-    batch = batch_of(nano, pixels(film), demo.BUNNY_CAPTION)
+def test_a_video_begins_with_its_picture_and_moves(nano, film, batch):
     video = sample_from(nano, batch, PRESETS["nano"].sample)
     again = np.asarray(nano.vae.decode(batch.latents))[0]
     assert psnr(video[0], again[0]) >= 21
     assert 0.2 <= motion(video) / motion(film) <= 4
+
+
+@pytest.mark.compiles
+def test_an_adapter_learns_as_well_on_an_int8_base(nano, batch):
+    """The film's own loss at fixed noise, before and after 20 steps on it."""
+    settings = replace(PRESETS["nano"].train.settings, batch=1, warmup=2)
+    after = {}
+    for base in ("bfloat16", "int8"):
+        dit = load_network(nano.folder, "dit", dtype="float32", base=base)
+        trainer = Trainer(dit, replace(settings, base=base))
+        before = trainer.validate(iter([batch]))
+        for _ in range(20):
+            trainer.train(batch)
+        after[base] = trainer.validate(iter([batch]))
+        assert after[base] < 0.8 * before
+    assert after["int8"] == pytest.approx(after["bfloat16"], rel=0.02)
 
 
 def write_clip(path: Path, frames: int = 60, height: int = 48, width: int = 80) -> Path:

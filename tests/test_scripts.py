@@ -245,3 +245,27 @@ def test_an_adapter_is_the_same_as_run_native_and_comfyui_file(world, trained, t
         # Two products and their sum round otherwise than one product, and a random VAE amplifies
         # it: a thousandth of what the adapter does is allowed, seen were 1e-4 to 3e-4 of it.
         assert distance(video(f"{native}:0.25", f"{comfyui}:0.25"), half) <= 1e-3 * effect
+
+
+def test_adapters_on_a_quantised_base(world, features, tmp_path):
+    """A run knows its base; its adapter is a file like any other, and merges into the model as it
+    was converted; a video may be made on any base."""
+    train = ("train.py", "nano", "--features", features, "--checkpoint", "ck", "--warmup", 0)
+    train += ("--run", tmp_path / "run", "--rank", 2)
+    call(*train, "--steps", 2, "--base", "int8", cwd=world)
+    said = call(*train, "--steps", 4, "--base", "nf4", cwd=world, code=2)
+    assert "was started with base='int8' and this command has 'nf4'" in said
+    full = [word for word in train if word not in ("--rank", 2)]
+    said = call(*full, "--train", "full", "--base", "nf4", cwd=world, code=2)
+    assert "--base says nothing with --train full" in said
+    convert_lora(tmp_path / "run", tmp_path / "c.safetensors", "comfyui")
+    sample = ("sample.py", "nano", "--checkpoint", "ck", "--image", "picture.png", "--steps", 1)
+    sample += ("--prompt", PROMPT, "--lora", tmp_path / "c.safetensors", *SIZE)
+    made = {}
+    for base in ("bfloat16", "int8"):
+        out = tmp_path / f"{base}.mp4"
+        call(*sample, "--base", base, "--out", out, cwd=world)
+        made[base] = read_video(out)[0].astype(float)
+        with av.open(str(out)) as container:
+            assert json.loads(container.metadata["comment"])["base"] == base
+    assert 0 < np.abs(made["int8"] - made["bfloat16"]).mean() < 8

@@ -70,15 +70,11 @@ class Pipeline:
     ):
         self.folder = Path(folder)
         self.configs = read_config(folder)
-        self.dtype, self.loras = dtype, tuple(loras)
+        self.dtype, self.base, self.loras = dtype, base, tuple(loras)
         self.mesh = one_device() if mesh is None else mesh
         self.residual, self.branches = parse_dtype(residual).name, branches
         check_base(base)
-        self.base = base
-        size = lambda name: device_bytes(  # noqa: E731
-            name, self.configs[name], dtype, mesh, self._base_of(name)
-        )
-        self.residents = Residents(self.configs, self._load, size, residency)
+        self.residents = Residents(self.configs, self._load, self._size, residency)
         self._prompts: dict[str, np.ndarray] = {}
         self._pictures: dict[str, np.ndarray] = {}
         if "dit" in self.configs:
@@ -402,13 +398,15 @@ class Pipeline:
         return self.residents.get(self._require(name))
 
     def _base_of(self, name: str) -> Base:
-        """Only the denoiser is quantised."""
         return self.base if name == "dit" else UNQUANTISED
 
+    def _size(self, name: str) -> int:
+        config, base = self.configs[name], self._base_of(name)
+        return device_bytes(name, config, self.dtype, self.mesh, base)
+
     def _load(self, name: str) -> nnx.Module:
-        network = load_network(
-            self.folder, name, dtype=self.dtype, mesh=self.mesh, base=self._base_of(name)
-        )
+        base = self._base_of(name)
+        network = load_network(self.folder, name, dtype=self.dtype, mesh=self.mesh, base=base)
         if name == "dit":
             network.residual = self.residual
         if name == "dit" and self.loras:

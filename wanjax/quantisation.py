@@ -11,7 +11,7 @@ the gradient either, for which they are made anew. Codes are not trained and nev
 
 import fnmatch
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
@@ -128,6 +128,7 @@ def _in_blocks(kernel: jax.Array, block: int) -> jax.Array:
     return kernel.reshape(*lead, fan_in // block, block, width)
 
 
+@partial(jax.jit, static_argnames="dtype")
 def encode(blocks: Float[Array, "*n G B C2"], dtype: np.dtype) -> tuple[Codes, Scales]:
     """Codes of a type, and scales, of numbers in blocks."""
     largest = _BY_TYPE[np.dtype(dtype)].largest

@@ -10,10 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-_BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "f32": 32, "s32": 32, "u32": 32}
+_BITS = {"pred": 8, "s8": 8, "u8": 8, "f8e4m3fn": 8}
+_BITS |= {"bf16": 16, "f16": 16, "f32": 32, "s32": 32, "u32": 32}
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
-_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b([a-z][a-z\d]*)\[([\d,]*)\]")
 _SENT = {
     "all-gather": lambda n, g: n * (g - 1) / g,
     "reduce-scatter": lambda n, g: n * (g - 1),  # n is the result's, 1/g of the input's

@@ -28,10 +28,12 @@ FILLED = 4096
 
 @cache
 def program(name: str, size: str):
-    """The jaxpr of `denoise_step`, or of `train_step` by its kind of training."""
+    """The jaxpr of `denoise_step`, or of `train_step` by its kind of training ("lora int8")."""
     if name == "denoise":
         return trace_denoise_step(size).jaxpr.jaxpr
-    return trace_train_step(size, settings=TrainConfig(train=name, targets="all")).jaxpr.jaxpr
+    kind, _, base = name.partition(" ")
+    settings = TrainConfig(train=kind, targets="all", base=base or "bfloat16")
+    return trace_train_step(size, settings=settings).jaxpr.jaxpr
 
 
 def whole_scores(jaxpr, length: int) -> list[tuple[int, ...]]:
@@ -112,6 +114,7 @@ def test_what_keeps_its_softmax_is_found():
 
 def test_adapters_alone_are_differentiated():
     assert kernel_gradients(program("lora", "720p33")) == []
+    assert kernel_gradients(program("lora int8", "720p33")) == []
     # Four of self-attention, six of cross-attention, two of the feed-forward.
     assert len(kernel_gradients(program("full", "480p33"))) >= 12
 

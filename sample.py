@@ -185,10 +185,7 @@ def make(pipeline: Pipeline, videos: list[SampleJob], earlier: Earlier) -> None:
 
 def describe_model(pipeline: Pipeline) -> dict[str, Any]:
     """What of the settings of latents is the model's."""
-    adapters = [
-        [digest(*(part for role in sorted(lora.layers) for part in content(role, lora))), strength]
-        for lora, strength in pipeline.loras
-    ]
+    adapters = [[digest(*content(lora)), strength] for lora, strength in pipeline.loras]
     return {
         "checkpoint": {name: fingerprint(pipeline.folder, name) for name in pipeline.configs},
         "lora": adapters,
@@ -198,11 +195,14 @@ def describe_model(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def content(role: str, lora: LoRA) -> Iterator[bytes]:
-    """All that one layer's adapter is."""
-    adapter = lora.layers[role]
-    yield f"{role} {adapter.down.shape} {adapter.alpha} {adapter.numbers}".encode()
-    yield from (np.ascontiguousarray(x).tobytes() for x in (adapter.down, adapter.up))
+def content(lora: LoRA) -> Iterator[bytes]:
+    """All that an adapter is."""
+    for name, adapter in sorted(lora.layers.items()):
+        yield f"{name} {adapter.down.shape} {adapter.alpha} {adapter.numbers}".encode()
+        yield from (np.ascontiguousarray(x).tobytes() for x in (adapter.down, adapter.up))
+    for name, change in sorted(lora.changes.items()):
+        yield f"{name} {change.values.shape} {change.blocks}".encode()
+        yield np.ascontiguousarray(change.values).tobytes()
 
 
 def describe(video: SampleJob) -> dict[str, Any]:

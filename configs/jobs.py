@@ -89,7 +89,7 @@ class SampleJob:
     negative_prompt: str | None = None
     """What to steer away from; Wan's own negative prompt when left out."""
     lora: tuple[str, ...] = ()
-    """Adapters, each PATH or PATH:STRENGTH: a run, a native adapter or a ComfyUI file."""
+    """Adapters, each PATH or PATH:STRENGTH: a run, or an adapter file of any trainer."""
     out: Path | None = None
     """The mp4 to write."""
     jobs: Path | None = None

@@ -16,7 +16,8 @@ from wanjax.tensor_files import DTYPES
 
 _DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}
 
-_OPTIONS = ("--dtype", "--only", "--format", "--from", "--delete-source", "--help")
+_OPTIONS = ("--dtype", "--only", "--format", "--from", "--delete-source", "--skip-unmatched")
+_OPTIONS += ("--help",)
 
 _EXAMPLES = """\
 examples:
@@ -34,6 +35,7 @@ examples:
   python -m convert export checkpoints/i2v_14b_720p model.safetensors --format comfyui
   # a trained adapter for ComfyUI and diffusers, and one from elsewhere for us
   python -m convert lora runs/noir noir.safetensors --format comfyui
+  python -m convert lora runs/noir noir.safetensors --format diffusers --dtype bfloat16
   python -m convert lora downloaded.safetensors adapter.safetensors --format native
   # what is this?
   python -m convert inspect anything.safetensors
@@ -108,16 +110,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--only", **only)
 
-    lora = command("lora", "Convert an adapter: a run or a file, to ComfyUI's format or to ours.")
-    lora.add_argument("src", type=Path, metavar="SRC", help="a run, a native or a foreign adapter")
+    lora = command(
+        "lora", "Convert an adapter: a run or a file of any trainer, to another's format."
+    )
+    lora.add_argument("src", type=Path, metavar="SRC", help="a run, or an adapter of anyone's")
     lora.add_argument("out", type=Path, metavar="OUT", help="the safetensors file to write")
-    lora.add_argument("--format", choices=("comfyui", "native"), required=True)
-
+    lora.add_argument(
+        "--format",
+        choices=("comfyui", "diffusers", "kohya", "musubi", "native"),
+        default="comfyui",
+        help="comfyui (the default: ComfyUI, diffusers and diffusion-pipe read it), diffusers with "
+        "its metadata, kohya or musubi (the same), or native",
+    )
     lora.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="type of a comfyui file (default: float32, which changes nothing)",
+        help="type of the file (default: float32, which changes nothing; native is always so)",
+    )
+    lora.add_argument(
+        "--skip-unmatched",
+        action="store_true",
+        help="leave out what is of no layer of Wan2.1 (a text encoder's), which is refused else",
     )
 
     look = command("inspect", "Say what a file or folder is: kind, sizes, types, what is amiss.")
@@ -152,7 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif args.command == "lora":
         from convert.lora import convert_lora  # what needs an adapter needs all of JAX
 
-        report = convert_lora(args.src, args.out, args.format, args.dtype)
+        report = convert_lora(
+            args.src, args.out, args.format, args.dtype, skip_unmatched=args.skip_unmatched
+        )
     else:
         report = inspect(args.path)
     sys.stdout.write(report + "\n")

@@ -76,7 +76,7 @@ def _render(title: str, blocks: Iterable[tuple[str, Lines]]) -> str:
 
 
 def _group(group: Group) -> Lines:
-    if group.metadata.get("format") == "wanjax-lora":
+    if str(group.metadata.get("format")).startswith("wanjax-lora"):
         return _native_adapter(group)
     if family := _adapter_family(group.tensors):
         return _adapter(group, family)

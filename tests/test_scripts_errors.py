@@ -303,12 +303,14 @@ def test_jobs_are_refused_before_the_first_video(lines, match, bench, monkeypatc
 
 
 def test_adapters_of_another_model_are_refused(bench, monkeypatch):
-    from convert.lora import DTYPES, write_comfyui
+    from convert.lora_write import DTYPES, write_lora
     from wanjax.checkpoint import save_lora
 
     wide = LayerAdapter(np.ones((2, 64, 3), np.float32), np.ones((2, 3, 64), np.float32), 3.0)
     save_lora(bench / "wide.safetensors", LoRA({"self_attn.q": wide}))
-    write_comfyui(bench / "wide_c.safetensors", LoRA({"self_attn.q": wide}), DTYPES["float32"])
+    write_lora(
+        bench / "wide_c.safetensors", LoRA({"self_attn.q": wide}), "comfyui", DTYPES["float32"]
+    )
     shutil.copyfile("wide.safetensors", "cut.safetensors")
     cut(Path("cut.safetensors"))
     shutil.copytree("run", "blank")

@@ -15,9 +15,9 @@ ROWS = [
     ["attention", "tensor_files", "metrics", "programs", "devices"],
     ["nn", "program_file"],
     ["causal", "quantisation"],
-    ["models"],
-    ["lora", "flow", "solvers", "text", "work", "placement"],
-    ["denoising", "conditioning", "weights", "checkpoint", "prompt_cache", "latents"]
+    ["models", "placement"],
+    ["lora", "flow", "solvers", "text", "work"],
+    ["slots", "denoising", "conditioning", "weights", "checkpoint", "prompt_cache", "latents"]
     + ["data", "eval"],
     ["pictures"],
     ["pipeline", "training", "loop"],

@@ -26,7 +26,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from rich.filesize import decimal
 
 from wanjax.errors import UserError
-from wanjax.lora import LayerAdapter, LoRA, require_finite
+from wanjax.lora import Change, LayerAdapter, LoRA, in_a_block, require_finite
 from wanjax.metrics import read_metrics
 from wanjax.nn import STACK
 from wanjax.outputs import whole_file
@@ -40,6 +40,8 @@ RUN_FILE = "run.json"
 # `weights`, the fingerprint of the denoiser.
 RUN_VERSION = 3
 ADAPTER_FORMAT = "wanjax-lora"
+# With changes (norms, biases, ...) or layers outside of the blocks, which 0.1 would have left out.
+ADAPTER_FORMATS = (ADAPTER_FORMAT, "wanjax-lora-2")
 _OVERHEAD = 256 << 10  # what Orbax writes beside the arrays, some kilobytes
 
 
@@ -221,9 +223,8 @@ def load_lora(path: PathLike) -> LoRA:
         lora = _lora_of_file(path)
     else:
         raise UserError(f"{path} is a file and has no checkpoints; leave '@{which}' out.")
-    for role, adapter in lora.layers.items():
-        require_finite(adapter.down, f"{STACK}.{role}.down", path)
-        require_finite(adapter.up, f"{STACK}.{role}.up", path)
+    for name, values in _tensors(lora).items():
+        require_finite(values, name, path)
     return lora
 
 
@@ -285,27 +286,43 @@ def _lora_of_run(run: Path, which: str | None) -> LoRA:
 
 def save_lora(path: PathLike, lora: LoRA) -> None:
     """Write a native adapter file, whole or not at all."""
-    tensors: dict[str, np.ndarray] = {}
-    for role, adapter in lora.layers.items():
-        tensors[f"{STACK}.{role}.down"] = np.asarray(adapter.down, np.float32)
-        tensors[f"{STACK}.{role}.up"] = np.asarray(adapter.up, np.float32)
-    header = {name: (t.dtype, t.shape) for name, t in tensors.items()}
-    alphas = {role: adapter.alpha for role, adapter in lora.layers.items()}
-    blocks = {role: adapter.blocks for role, adapter in lora.layers.items() if adapter.blocks}
+    tensors = _tensors(lora)
+    header = {name: (np.dtype(np.float32), t.shape) for name, t in tensors.items()}
+    numbered = {**lora.layers, **lora.changes}
+    plain = not lora.changes and all(map(in_a_block, lora.layers))
     metadata = {
         **lora.metadata,
-        "format": ADAPTER_FORMAT,
-        "alpha": json.dumps(alphas),
-        "blocks": json.dumps(blocks),
+        "format": ADAPTER_FORMATS[0 if plain else 1],
+        "alpha": json.dumps({name: adapter.alpha for name, adapter in lora.layers.items()}),
+        "blocks": json.dumps({name: x.blocks for name, x in numbered.items() if x.blocks}),
     }
     with whole_file(Path(path)) as partial, SafetensorsWriter(partial, header, metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
 
 
+def _tensors(lora: LoRA) -> dict[str, np.ndarray]:
+    """What a native file holds, by name."""
+    pairs = {
+        f"{_in_file(name)}.{part}": getattr(adapter, part)
+        for name, adapter in lora.layers.items()
+        for part in ("down", "up")
+    }
+    return pairs | {f"{name}.change": change.values for name, change in lora.changes.items()}
+
+
+def _in_file(name: str) -> str:
+    return f"{STACK}.{name}" if in_a_block(name) else name
+
+
+def is_native_adapter(metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file with this metadata is an adapter of ours."""
+    return metadata.get("format") in ADAPTER_FORMATS
+
+
 def _lora_of_file(path: Path) -> LoRA:
     file = read_safetensors(path)
-    if file.metadata.get("format") != ADAPTER_FORMAT:
+    if not is_native_adapter(file.metadata):
         raise UserError(
             f"{path} is not a native adapter; open it with convert.open_lora({str(path)!r}), or "
             f"convert it: python -m convert lora {path} ADAPTER.safetensors --format native"
@@ -314,32 +331,45 @@ def _lora_of_file(path: Path) -> LoRA:
         alphas = json.loads(file.metadata["alpha"])
         blocks = json.loads(file.metadata.get("blocks", "{}"))
         layers = {
-            role: _layer_of_file(file.tensors, role, alphas[role], blocks.get(role))
-            for role in alphas
+            name: _layer_of_file(file.tensors, name, alphas[name], blocks.get(name))
+            for name in alphas
         }
-        if not layers:
+        changes = {
+            name: _change_of_file(file.tensors[f"{name}.change"], name, blocks.get(name))
+            for name in (t.removesuffix(".change") for t in file.tensors if t.endswith(".change"))
+        }
+        if not layers and not changes:
             raise ValueError("it names no layer")
     except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); export the adapter again.") from error
     except RecursionError as error:
         raise UserError(f"{path} is damaged; export the adapter again.") from error
     keep = {k: v for k, v in file.metadata.items() if k not in ("format", "alpha", "blocks")}
-    return LoRA(layers, keep)
+    return LoRA(layers, keep, changes)
 
 
 def _layer_of_file(
-    tensors: Mapping[str, np.ndarray], role: str, alpha: float, blocks: list[int] | None
+    tensors: Mapping[str, np.ndarray], name: str, alpha: float, blocks: list[int] | None
 ) -> LayerAdapter:
-    """One role's adapter. Raises what `_lora_of_file` catches where its parts do not agree."""
-    down, up = (np.array(tensors[f"{STACK}.{role}.{part}"]) for part in ("down", "up"))
+    """One layer's adapter. Raises what `_lora_of_file` catches where its parts do not agree."""
+    down, up = (np.array(tensors[f"{_in_file(name)}.{part}"]) for part in ("down", "up"))
     count, _, rank = down.shape
     if not count or not rank or up.shape[:2] != (count, rank) or not math.isfinite(alpha):
-        raise ValueError(f"'{role}' has shapes {down.shape} and {up.shape} and alpha {alpha}")
+        raise ValueError(f"'{name}' has shapes {down.shape} and {up.shape} and alpha {alpha}")
+    return LayerAdapter(down, up, float(alpha), _numbers(name, count, blocks))
+
+
+def _change_of_file(tensor: np.ndarray, name: str, blocks: list[int] | None) -> Change:
+    values = np.array(tensor)
+    return Change(values, _numbers(name, len(values), blocks))
+
+
+def _numbers(name: str, count: int, blocks: list[int] | None) -> tuple[int, ...] | None:
     if blocks is None:
-        return LayerAdapter(down, up, float(alpha))
+        return None
     if len(blocks) != count or blocks != sorted({int(b) for b in blocks}) or blocks[0] < 0:
-        raise ValueError(f"the blocks of '{role}' are not {count} ascending numbers")
-    return LayerAdapter(down, up, float(alpha), tuple(blocks))
+        raise ValueError(f"the blocks of '{name}' are not {count} ascending numbers")
+    return tuple(blocks)
 
 
 def check_resumable(

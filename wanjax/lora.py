@@ -2,10 +2,11 @@
 
 An adapter is a side path in a slot, its weights have a variable type of their own, and training is
 a split by that type: the frozen base is an input that nothing differentiates. A `LoRA` is a set of
-adapters apart from any model, as files hold it. Source: Hu et al., arXiv 2106.09685.
+adapters apart from any model, as files hold it; `wanjax.slots` puts them into a model and takes
+them out. Source: Hu et al., arXiv 2106.09685.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from wanjax.errors import UserError, nearest
-from wanjax.nn import Linear, linears
+from wanjax.nn import STACK, Linear, linears
 from wanjax.precision import matmul_precision
 from wanjax.quantisation import QuantisedKernel
 from wanjax.types import PathLike
@@ -55,7 +56,7 @@ class LayerAdapter:
     """One role's adapters in `n` blocks; the change of each weight is `alpha/R * down @ up`.
 
     `blocks` are the numbers of those blocks, ascending: the others are left as they are. None
-    stands for all blocks of the model, as training makes them.
+    stands for all blocks of the model, as training makes them. Outside of the blocks n is 1.
     """
 
     down: Float[np.ndarray, "n C R"]
@@ -68,26 +69,74 @@ class LayerAdapter:
         return self.down.shape[-1]
 
     @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
     def numbers(self) -> Sequence[int]:
         """The number of each block that is adapted."""
         return range(len(self.down)) if self.blocks is None else self.blocks
 
     def over(self, count: int) -> tuple[Float[np.ndarray, "m C R"], Float[np.ndarray, "m R C2"]]:
         """`down` and `up` in all `count` blocks of a model, zero where nothing is adapted."""
-        if self.blocks is None:
-            return self.down, self.up
-        wholes = [np.zeros((count, *x.shape[1:]), x.dtype) for x in (self.down, self.up)]
-        for whole, part in zip(wholes, (self.down, self.up)):
-            whole[list(self.blocks)] = part
-        return tuple(wholes)
+        return tuple(over(count, self.blocks, x) for x in (self.down, self.up))
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is added to a parameter as it stands: of a norm, a bias, a modulation, a whole kernel.
+
+    Of a parameter of the stacked blocks `values` has `n` of them, by number in `blocks` (None: all,
+    in order); of another it has that parameter's shape.
+    """
+
+    values: Float[np.ndarray, "..."]
+    blocks: tuple[int, ...] | None = None
+
+    def over(self, count: int) -> Float[np.ndarray, "..."]:
+        """The values in all `count` blocks, zero where nothing changes."""
+        return over(count, self.blocks, self.values)
+
+
+def over(count: int, blocks: tuple[int, ...] | None, part: np.ndarray) -> np.ndarray:
+    """What `part` has for some blocks, in all `count` of them; the others are zero."""
+    if blocks is None:
+        return part
+    whole = np.zeros((count, *part.shape[1:]), part.dtype)
+    whole[list(blocks)] = part
+    return whole
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """Adapters by role (`cross_attn.q`, ...), with what is known of their making."""
+    """Adapters and changes apart from any model, with what is known of their making.
+
+    `layers` are by role in a block (`cross_attn.q`) or, outside of the blocks, by name
+    (`time_embed.up`); `changes` by the parameter's name (`blocks.cross_attn.norm_q.scale`).
+    """
 
     layers: Mapping[str, LayerAdapter]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    changes: Mapping[str, Change] = field(default_factory=dict)
+
+
+def in_a_block(name: str) -> bool:
+    """Whether the layer of this name is one of every block, and its name a role."""
+    return name in TARGETS["all"]
+
+
+def adaptable(model: nnx.Module) -> dict[str, Linear]:
+    """Every `Linear` by the name that a `LoRA` has for it."""
+    return dict(linears(model)) | {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Linear) and path[0] != STACK
+    }
+
+
+def layer_shape(layer: Linear) -> tuple[int, int, int]:
+    """`n C C2` of a layer's kernel: a layer outside of the blocks is one."""
+    return (1, *layer.kernel.shape)[-3:]
 
 
 def select(model: nnx.Module, targets: str | Sequence[str]) -> dict[str, Linear]:
@@ -130,28 +179,12 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 def extract(model: nnx.Module, metadata: Mapping[str, str] | None = None) -> LoRA:
     """The adapters of a model as a `LoRA`, on the host."""
     layers = {}
-    for role, layer in linears(model):
+    for name, layer in adaptable(model).items():
         if layer.lora is not None:
-            down, up = np.asarray(layer.lora.down[...]), np.asarray(layer.lora.up[...])
-            layers[role] = LayerAdapter(down, up, layer.lora.scale * down.shape[-1])
+            pair = (np.asarray(x[...]) for x in (layer.lora.down, layer.lora.up))
+            down, up = (x.reshape(-1, *x.shape[-2:]) for x in pair)
+            layers[name] = LayerAdapter(down, up, layer.lora.scale * down.shape[-1])
     return LoRA(layers, metadata or {})
-
-
-def apply(model: nnx.Module, loras: Sequence[tuple[LoRA, float]]) -> None:
-    """Put ready adapters, each with a strength, into the slots of a model, in place.
-
-    Several adapters on one layer are joined along the rank, which is exactly their sum.
-    """
-    check_fits(model, loras)
-    for role, layer in linears(model):
-        found = [(lora.layers[role], strength) for lora, strength in loras if role in lora.layers]
-        if found:
-            pairs = [adapter.over(layer.kernel.shape[0]) for adapter, _ in found]
-            scales = [strength * adapter.alpha / adapter.rank for adapter, strength in found]
-            down = np.concatenate([down for down, _ in pairs], axis=-1)
-            up = np.concatenate([up * s for (_, up), s in zip(pairs, scales)], axis=-2)
-            down, up = (jnp.asarray(x, jnp.float32) for x in (down, up))
-            layer.lora = Adapter(down, up, 1.0, layer.axes)
 
 
 def merge(model: nnx.Module) -> None:
@@ -159,13 +192,14 @@ def merge(model: nnx.Module) -> None:
 
     Raises `UserError` for a quantised base: codes would swallow most of a small change.
     """
-    for role, layer in linears(model):
+    layers = adaptable(model)
+    for name, layer in layers.items():
         if layer.lora is not None and isinstance(layer.kernel, QuantisedKernel):
             raise UserError(
-                f"An adapter cannot be added to '{role}', whose base is quantised; merge it into "
+                f"An adapter cannot be added to '{name}', whose base is quantised; merge it into "
                 "the model as it was converted (base=bfloat16)."
             )
-    for _, layer in linears(model):
+    for layer in layers.values():
         if layer.lora is not None:
             change = jnp.matmul(
                 layer.lora.down[...], layer.lora.up[...], precision=jax.lax.Precision.HIGHEST
@@ -176,35 +210,63 @@ def merge(model: nnx.Module) -> None:
             layer.lora = None
 
 
+def parameters_of(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
+    """Every variable by its name, such as `blocks.cross_attn.norm_q.scale`."""
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        yield ".".join(map(str, path)), variable
+
+
 def check_fits(model: nnx.Module, loras: Sequence[tuple[LoRA, float]]) -> None:
     """Refuse adapters that were made for another model, naming what differs."""
-    layers = dict(linears(model))
+    layers, parameters = adaptable(model), dict(parameters_of(model))
     for lora, _ in loras:
-        if not lora.layers:
+        if not lora.layers and not lora.changes:
             raise UserError("The LoRA holds no adapter for any layer; check where it came from.")
-        for role, adapter in lora.layers.items():
-            _check_layer(role, adapter, layers)
+        for name, adapter in lora.layers.items():
+            _check_layer(name, adapter, layers)
+        for name, change in lora.changes.items():
+            _check_change(name, change, parameters)
 
 
-def _check_layer(role: str, adapter: LayerAdapter, layers: Mapping[str, Linear]) -> None:
-    if role not in layers:
-        raise UserError(
-            f"The LoRA was made for another model: it adapts '{role}', which this one has not"
-            f"{nearest(role, layers)}"
-        )
-    count, d_in, d_out = layers[role].kernel.shape
-    if adapter.blocks is not None and adapter.blocks[-1] >= count:
-        raise UserError(
-            f"The LoRA was made for another model: it adapts '{role}' in block "
-            f"{adapter.blocks[-1]:,}, and this one has {count} blocks (0 to {count - 1})."
-        )
+def _check_layer(name: str, adapter: LayerAdapter, layers: Mapping[str, Linear]) -> None:
+    if name not in layers:
+        raise _of_another(f"it adapts '{name}', which this one has not", nearest(name, layers))
+    count, d_in, d_out = layer_shape(layers[name])
+    _check_blocks(name, adapter.blocks, count)
     blocks = len(adapter.down) if adapter.blocks is None else count
     found = (blocks, adapter.down.shape[1], adapter.up.shape[-1])
     if found != (count, d_in, d_out):
-        raise UserError(
-            f"The LoRA was made for another model: its '{role}' is for {found[0]} blocks of "
-            f"{found[1]} to {found[2]} channels, and this one has {count} of {d_in} to {d_out}."
+        raise _of_another(
+            f"its '{name}' is for {found[0]} blocks of {found[1]} to {found[2]} channels, and this "
+            f"one has {count} of {d_in} to {d_out}"
         )
+
+
+def _check_change(name: str, change: Change, parameters: Mapping[str, nnx.Variable]) -> None:
+    if f"{name}.codes" in parameters:
+        raise UserError(
+            f"The LoRA changes '{name}' as a whole (.diff), and its base is quantised, whose codes "
+            "are never added to; use base=bfloat16."
+        )
+    if name not in parameters:
+        raise _of_another(f"it changes '{name}', which this one has not", nearest(name, parameters))
+    shape = tuple(parameters[name].shape)
+    _check_blocks(name, change.blocks, shape[0])
+    found = change.values.shape if change.blocks is None else (shape[0], *change.values.shape[1:])
+    if found != shape:
+        raise _of_another(f"its '{name}' has the shape {found}, and this one's has {shape}")
+
+
+def _check_blocks(name: str, blocks: tuple[int, ...] | None, count: int) -> None:
+    if blocks is not None and blocks[-1] >= count:
+        raise _of_another(
+            f"it adapts '{name}' in block {blocks[-1]:,}, and this one has {count} blocks "
+            f"(0 to {count - 1})"
+        )
+
+
+def _of_another(difference: str, hint: str = ".") -> UserError:
+    return UserError(f"The LoRA was made for another model: {difference}{hint}")
 
 
 def require_finite(values: np.ndarray, name: str, where: PathLike) -> None:

@@ -21,12 +21,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from wanjax import lora as lora_module
 from wanjax.checkpoint import load_lora
 from wanjax.conditioning import check_size, encode_text, image_tokens, picture_condition, prepare
 from wanjax.denoising import Branches, denoise_step, prepare_rows
 from wanjax.devices import Speed
 from wanjax.errors import UserError
+from wanjax.lora import LoRA, check_fits
 from wanjax.models.clip import CLIPVision
 from wanjax.models.dit import DiT
 from wanjax.models.umt5 import UMT5
@@ -38,6 +38,7 @@ from wanjax.prompt_cache import PromptCache
 from wanjax.quantisation import UNQUANTISED, Base, check_base
 from wanjax.residency import Residency, Residents
 from wanjax.sharding import check_heads, check_rows, one_device
+from wanjax.slots import Slots
 from wanjax.solvers import initial_noise, initial_state, make_schedule
 from wanjax.text import Tokenizer, check_vocabulary, default_negative
 from wanjax.types import Condition, Conditioned, PathLike
@@ -63,7 +64,7 @@ class Pipeline:
         dtype: DTypeLike = jnp.bfloat16,
         base: Base = UNQUANTISED,
         residual: str = "float32",
-        loras: Sequence[tuple[lora_module.LoRA, float]] = (),
+        loras: Sequence[tuple[LoRA, float]] = (),
         mesh: Mesh | None = None,
         residency: Residency = "auto",
         branches: Branches = "together",
@@ -79,11 +80,8 @@ class Pipeline:
         self._pictures: dict[str, np.ndarray] = {}
         if "dit" in self.configs:
             check_heads(self.configs["dit"].num_heads, self.mesh.shape["ulysses"])
-        if self.loras:
-            # Refuse adapters of another model now, not after minutes of loading.
-            self._require("dit")
-            dit = abstract_network("dit", self.configs["dit"], dtype, base)
-            lora_module.check_fits(dit, self.loras)
+        self._slots, self._slots_hold = Slots(), None
+        self._check_adapters(self.loras)
 
     @classmethod
     def load(
@@ -93,7 +91,7 @@ class Pipeline:
         dtype: str | DTypeLike = "bfloat16",
         base: Base = UNQUANTISED,
         residual: str = "float32",
-        lora: Sequence[tuple[PathLike | lora_module.LoRA, float]] = (),
+        lora: Sequence[tuple[PathLike | LoRA, float]] = (),
         mesh: Mesh | None = None,
         residency: Residency = "auto",
         branches: Branches = "together",
@@ -108,17 +106,28 @@ class Pipeline:
         guidance: both as one batch, or one after the other in less memory. Raises `UserError` for
         what cannot be used.
         """
-        loras = [(x if isinstance(x, lora_module.LoRA) else load_lora(x), s) for x, s in lora]
         return cls(
             folder,
             dtype=parse_dtype(dtype),
             base=base,
             residual=residual,
-            loras=loras,
+            loras=_opened(lora),
             mesh=mesh,
             residency=residency,
             branches=branches,
         )
+
+    def set_adapters(self, lora: Sequence[tuple[PathLike | LoRA, float]] = ()) -> None:
+        """Use these adapters, each with a strength, and no others; as `lora` of `load`.
+
+        The base is not read again. Other strengths compile nothing, and other adapters only where
+        the joined rank (in steps of 64) or the set of adapted layers grows (`wanjax.slots`).
+        Without any the base is what it was, bit for bit. Raises `UserError`, and changes nothing,
+        for adapters of another model.
+        """
+        loras = _opened(lora)
+        self._check_adapters(loras)
+        self.loras = loras
 
     @property
     def dit(self) -> DiT:
@@ -395,7 +404,24 @@ class Pipeline:
         return name
 
     def _network(self, name: str) -> nnx.Module:
-        return self.residents.get(self._require(name))
+        network = self.residents.get(self._require(name))
+        if name == "dit" and self._slots_hold is not self.loras:
+            self._slots.put(network, self.loras)
+            self._slots_hold = self.loras
+        return network
+
+    def _check_adapters(self, loras: Sequence[tuple[LoRA, float]]) -> None:
+        """Refuse adapters of another model now, not after minutes of loading."""
+        for _, strength in loras:
+            if not math.isfinite(strength):
+                raise UserError(f"strength={strength} of an adapter is no number; use 1 or less.")
+        if loras:
+            check_fits(self._abstract_dit, loras)
+
+    @cached_property
+    def _abstract_dit(self) -> DiT:
+        config = self.configs[self._require("dit")]
+        return abstract_network("dit", config, self.dtype, self.base)
 
     def _base_of(self, name: str) -> Base:
         return self.base if name == "dit" else UNQUANTISED
@@ -409,6 +435,9 @@ class Pipeline:
         network = load_network(self.folder, name, dtype=self.dtype, mesh=self.mesh, base=base)
         if name == "dit":
             network.residual = self.residual
-        if name == "dit" and self.loras:
-            lora_module.apply(network, self.loras)
+            self._slots_hold = None
         return network
+
+
+def _opened(loras: Sequence[tuple[PathLike | LoRA, float]]) -> tuple[tuple[LoRA, float], ...]:
+    return tuple((x if isinstance(x, LoRA) else load_lora(x), float(s)) for x, s in loras)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.lora import convert_lora, open_lora, write_comfyui
+from convert.lora import convert_lora, open_lora
+from convert.lora_write import write_lora
 from convert.native import convert_pipeline
 from examples.toy_tokenizer import train_toy_tokenizer
 from tests.parity.reference import randomise, relative_error
@@ -270,7 +271,7 @@ def test_an_adapter_of_some_blocks_acts_in_diffusers_as_here(pair, tmp_path):
         role: replace(adapter, down=adapter.down[1:2], up=adapter.up[1:2], blocks=(1,))
         for role, adapter in whole.layers.items()
     }
-    write_comfyui(tmp_path / "c.safetensors", lora.LoRA(layers), np.dtype(np.float32))
+    write_lora(tmp_path / "c.safetensors", lora.LoRA(layers), "comfyui", np.dtype("f4"))
     pipeline = Pipeline.load(
         ours.folder, dtype="float32", lora=[(open_lora(tmp_path / "c.safetensors"), 1.0)]
     )

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from wanjax import work
-from wanjax.chips import Chip
+from wanjax.chips import FP32_REACHED, Chip
 from wanjax.models import Config
 from wanjax.models.dit import DiTConfig
 from wanjax.planning import traces, wire
@@ -340,10 +340,11 @@ def _seconds(
 ) -> Seconds:  # fmt: skip
     if chip is None:
         return Seconds(None, None, None)
-    rate = chip.flops if name in ("train", "denoise", "text") else chip.fp32
+    in_fp32 = name in ("encode", "decode")
+    rate = chip.fp32 * FP32_REACHED if in_fp32 else chip.flops * chip.reached
     moved = None if memory is None else memory.arguments + _activations(request, name) / mesh.size
     return Seconds(
-        compute=flops / mesh.size / (rate * chip.reached),
+        compute=flops / mesh.size / rate,
         memory=None if moved is None else moved / chip.bandwidth,
         network=None if sent is None else sum(sent.values()) / chip.link,
     )

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from wanjax.chips import GIB, GPU_FRACTION, RESERVE, Chip
+from wanjax.chips import FP32_REACHED, GIB, GPU_FRACTION, RESERVE, Chip
 from wanjax.planning.plans import Memory, PhasePlan, Plan, Request
 
 UNKNOWN = "unknown"
@@ -137,7 +137,7 @@ def assumptions(chip: Chip) -> str:
         f"A process gets {memory}of which {RESERVE / GIB:.1f} are kept back. idle beside: weights "
         "that lie there and that the phase does not use. GB sent: by one device, every exchange an "
         f"ideal ring. Seconds: arithmetic at {chip.reached:.0%} of {chip.flops / 1e12:.0f} TFLOP/s "
-        f"({'measured' if chip.name == 'h100' else 'assumed'}; the VAE and CLIP at as much of "
+        f"({'measured' if chip.name == 'h100' else 'assumed'}; VAE and CLIP at {FP32_REACHED:.0%} of "
         f"{chip.fp32 / 1e12:.0f} in fp32), memory at {chip.bandwidth / 1e9:.0f} GB/s, links at "
         f"{chip.link / 1e9:.0f} GB/s; the longest of the three counts, as if they overlapped."
     )

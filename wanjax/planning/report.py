@@ -132,12 +132,13 @@ def verdict(plan: Plan) -> str:
 def assumptions(chip: Chip) -> str:
     """What the figures rest on, in a few lines."""
     share = f"{GPU_FRACTION:.0%} of the card's {chip.memory / GIB:.1f} GiB, "
+    source = "measured" if chip.name == "h100" else "assumed"
     memory = share if chip.is_gpu else f"{chip.memory / GIB:.2f} GiB, "
     return (
         f"A process gets {memory}of which {RESERVE / GIB:.1f} are kept back. idle beside: weights "
         "that lie there and that the phase does not use. GB sent: by one device, every exchange an "
         f"ideal ring. Seconds: arithmetic at {chip.reached:.0%} of {chip.flops / 1e12:.0f} TFLOP/s "
-        f"({'measured' if chip.name == 'h100' else 'assumed'}; VAE and CLIP at {FP32_REACHED:.0%} of "
+        f"({source}; VAE and CLIP at {FP32_REACHED:.0%} of "
         f"{chip.fp32 / 1e12:.0f} in fp32), memory at {chip.bandwidth / 1e9:.0f} GB/s, links at "
         f"{chip.link / 1e9:.0f} GB/s; the longest of the three counts, as if they overlapped."
     )

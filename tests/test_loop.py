@@ -29,7 +29,7 @@ VALIDATION = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0}
 TIMED = {"seconds", "tokens_per_second", TFLOPS}
 
 
-def run(folder, steps=9, *, spoil=None, signal_at=None):
+def run(folder, steps=9, *, spoil=None, spoil_at=5, signal_at=None):
     """A loop over a sum, saving every third step and keeping one checkpoint, validating every
     second step."""
     folder.mkdir(exist_ok=True)
@@ -47,7 +47,7 @@ def run(folder, steps=9, *, spoil=None, signal_at=None):
         state = {"sum": state["sum"] + done}
         metrics = {"loss": jnp.float32(done), "gradient_norm": jnp.float32(1)}
         metrics |= {"tokens": 8, "flops": 3e12}
-        return metrics | ({spoil: jnp.float32(math.nan)} if spoil and done == 5 else {})
+        return metrics | ({spoil: jnp.float32(math.nan)} if spoil and done == spoil_at else {})
 
     loop = Loop(
         "Summing", steps, step, lambda at, found: checkpoints.save(at, state, {}, found),
@@ -82,7 +82,9 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path):
 
 @pytest.mark.parametrize("spoil", ["loss", "gradient_norm"])
 def test_what_is_no_number_is_never_saved(spoil, tmp_path):
-    with pytest.raises(UserError, match=f"{spoil.replace('_', ' ')} became nan .* step 4;"):
+    with pytest.raises(
+        UserError, match=f"{spoil.replace('_', ' ')} became nan at step 5 .step 4 is"
+    ):
         run(tmp_path, spoil=spoil)
     assert kept_steps(tmp_path) == [4]
     with pytest.raises(UserError, match="became nan"):  # nor at the step that a signal ends
@@ -134,6 +136,15 @@ def test_after_a_failed_save_errors_of_the_main_thread_are_shown():
     assert sys.excepthook is before
 
 
+def test_a_first_step_without_numbers_is_not_of_the_learning_rate(tmp_path):
+    with pytest.raises(
+        UserError, match=r"at step 1 \(no checkpoint is kept yet\); try --remat full"
+    ):
+        run(tmp_path, spoil="loss", spoil_at=1)
+    assert kept_steps(tmp_path) == []
+    assert not list(read_metrics(tmp_path))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_weights_that_are_no_numbers_are_never_saved(bad, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
@@ -146,7 +157,7 @@ def test_weights_that_are_no_numbers_are_never_saved(bad, tmp_path):
 
 def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(VALIDATION, 4, math.nan)
-    with pytest.raises(UserError, match="validation loss became nan .* step 3;"):
+    with pytest.raises(UserError, match="validation loss became nan at step 4 .step 3 is kept"):
         run(tmp_path)
     assert kept_steps(tmp_path) == [2, 3]
 

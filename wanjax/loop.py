@@ -101,7 +101,7 @@ class _Report:
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         seconds = time.perf_counter() - self._since
         self.start()
-        self._check(values | (found or {}))
+        self._check(step, values | (found or {}))
         values["seconds"] = seconds
         note = f"loss {values['loss']:.4f}  {seconds:.2f} s/step"
         if "tokens" in values:
@@ -114,14 +114,19 @@ class _Report:
             self._log.write(step, values | (found or {}))
         self._bar.advance(note=note)
 
-    def _check(self, values: dict[str, float]) -> None:
+    def _check(self, step: int, values: dict[str, float]) -> None:
         """Stop before a broken state is saved over good ones."""
         for name, value in values.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"The {name.replace('_', ' ')} became {value} after the checkpoint of step "
-                    f"{self._checkpoints.latest}; start a new run with a lower --learning-rate."
-                )
+            if math.isfinite(value):
+                continue
+            kept = self._checkpoints.latest
+            kept = "no checkpoint is kept yet" if kept is None else f"step {kept} is kept"
+            # In the first step nothing has been learnt that could be wrong.
+            learnt = "start a new run with a lower --learning-rate"
+            remedy = "try --remat full and --dtype float32" if step == 1 else learnt
+            raise UserError(
+                f"The {name.replace('_', ' ')} became {value} at step {step} ({kept}); {remedy}."
+            )
 
 
 @contextmanager

@@ -73,7 +73,9 @@ print(json.dumps({
 def test_a_sharded_base_equals_the_whole_one(tmp_path):
     """Of nf4, whose codes are packed as well."""
     save_native(tmp_path / "ck", {"dit": random_network("dit", SPLIT, dtype=jnp.float32)})
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    # Eight devices that gather several arrays at once may each hold a thread; XLA's eight are then
+    # all waiting, and it gives up after 40 s.
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "64"}
     done = subprocess.run(
         [sys.executable, "-c", ON_A_MESH, str(tmp_path / "ck"), "nf4"],
         env=os.environ | ENVIRONMENT | flags,

@@ -46,7 +46,7 @@ class Row:
     @property
     def devices(self) -> int:
         """How many the target has."""
-        return math.prod(int(n) for n in self.target.partition(":")[2].split("x"))
+        return math.prod(map(int, (self.target.partition(":")[2] or "1").split("x")))
 
     @classmethod
     def of(cls, plan, phase: str, size: str, options: str, compiled_in: int) -> "Row":

@@ -11,7 +11,6 @@ video is whole; after an interruption the same command decodes it, and other set
 """
 
 import json
-import math
 import secrets
 import sys
 import warnings
@@ -25,8 +24,8 @@ import numpy as np
 
 from configs import SampleJob, check_preset, command_line, parse_mesh
 from convert.lora import open_lora
+from convert.lora_commands import with_strength
 from wanjax import __version__
-from wanjax.checkpoint import split_choice
 from wanjax.conditioning import check_size
 from wanjax.data.video import write_video
 from wanjax.devices import claim_memory, describe_devices, memory_explained
@@ -82,17 +81,23 @@ def main() -> None:
             latents_path(video.out).unlink(missing_ok=True)  # of a run killed at its very end
     for video in videos:
         check(video)
+    if not videos:
+        return
     videos = [with_seed(video) for video in videos]
     groups: dict[tuple[str, ...], list[SampleJob]] = {}
     for video in videos:
         groups.setdefault(video.lora, []).append(video)
+    pipeline = open_pipeline(preset, job, videos)
     ready = []
     for lora, group in groups.items():
-        pipeline = open_pipeline(preset, job, lora, group)
-        ready.append((pipeline, group, Earlier.of(pipeline, group)))
-    with all_programs(job, ready[0][0], videos) if ready else nullcontext():
-        while ready:
-            make(*ready.pop(0))  # with its adapters a pipeline goes, and its weights from devices
+        pipeline.set_adapters([read_adapter(text) for text in lora])
+        ready.append((pipeline.loras, lora, group, Earlier.of(pipeline, group)))
+    with all_programs(job, pipeline, videos):
+        for loras, lora, group, earlier in ready:
+            pipeline.set_adapters(loras)
+            for text, matched in zip(lora, pipeline.adapters_matched()):
+                sys.stderr.write(f"--lora {text}: {matched}\n")
+            make(pipeline, group, earlier)
 
 
 def all_programs(
@@ -119,16 +124,13 @@ def size_of(video: SampleJob) -> str:
     return f"{video.frames}x{height}x{width}"
 
 
-def open_pipeline(
-    preset: str, job: SampleJob, lora: Sequence[str], videos: Sequence[SampleJob]
-) -> Pipeline:
-    """The model with these adapters; refuses, before weights are read, what it cannot make."""
+def open_pipeline(preset: str, job: SampleJob, videos: Sequence[SampleJob]) -> Pipeline:
+    """The model; refuses, before weights are read, what it cannot make."""
     pipeline = Pipeline(
         job.checkpoint,
         dtype=parse_dtype(job.dtype),
         base=job.base,
         residual=job.residual,
-        loras=[read_adapter(text) for text in lora],
         mesh=parse_mesh(job.mesh),
         residency=job.residency,
         branches=job.branches,
@@ -377,18 +379,8 @@ def condition(pipeline: Pipeline, video: SampleJob) -> Conditioned:
 
 def read_adapter(text: str) -> tuple[LoRA, float]:
     """`PATH` or `PATH:STRENGTH`."""
-    path, colon, strength = text.rpartition(":")
-    if colon and not Path(text).exists():
-        try:
-            number = float(strength)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            if split_choice(Path(text))[0].exists():  # its name has a colon: wolves:2@best
-                return open_lora(Path(text)), 1.0
-            raise UserError(f"--lora {text} has no number after its last colon; write PATH:0.8.")
-        return open_lora(Path(path)), number
-    return open_lora(Path(text)), 1.0
+    path, strength = with_strength(text)
+    return open_lora(path), strength
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convert import lora_commands
 from convert.export import FORMATS, export
 from convert.inspect import inspect
 from convert.native import convert_pipeline
@@ -17,9 +18,9 @@ from wanjax.tensor_files import DTYPES
 _DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}
 
 _OPTIONS = ("--dtype", "--only", "--format", "--from", "--delete-source", "--skip-unmatched")
-_OPTIONS += ("--help",)
+_OPTIONS += ("--rank", "--help")
 
-_EXAMPLES = """\
+_EXAMPLES = f"""\
 examples:
   # the official checkpoint, as `hf download` left it, or diffusers' copy of it
   python -m convert pipeline Wan2.1-I2V-14B-720P checkpoints/i2v_14b_720p
@@ -33,11 +34,7 @@ examples:
   python -m convert export checkpoints/i2v_14b_720p OUT --format official --from Wan2.1-I2V-14B-720P
   python -m convert export checkpoints/i2v_14b_720p OUT --format diffusers
   python -m convert export checkpoints/i2v_14b_720p model.safetensors --format comfyui
-  # a trained adapter for ComfyUI and diffusers, and one from elsewhere for us
-  python -m convert lora runs/noir noir.safetensors --format comfyui
-  python -m convert lora runs/noir noir.safetensors --format diffusers --dtype bfloat16
-  python -m convert lora downloaded.safetensors adapter.safetensors --format native
-  # what is this?
+{lora_commands.EXAMPLES}  # what is this?
   python -m convert inspect anything.safetensors
 """
 
@@ -110,29 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--only", **only)
 
-    lora = command(
-        "lora", "Convert an adapter: a run or a file of any trainer, to another's format."
-    )
-    lora.add_argument("src", type=Path, metavar="SRC", help="a run, or an adapter of anyone's")
-    lora.add_argument("out", type=Path, metavar="OUT", help="the safetensors file to write")
-    lora.add_argument(
-        "--format",
-        choices=("comfyui", "diffusers", "kohya", "musubi", "native"),
-        default="comfyui",
-        help="comfyui (the default: ComfyUI, diffusers and diffusion-pipe read it), diffusers with "
-        "its metadata, kohya or musubi (the same), or native",
-    )
-    lora.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="type of the file (default: float32, which changes nothing; native is always so)",
-    )
-    lora.add_argument(
-        "--skip-unmatched",
-        action="store_true",
-        help="leave out what is of no layer of Wan2.1 (a text encoder's), which is refused else",
-    )
+    lora_commands.add(command)
 
     look = command("inspect", "Say what a file or folder is: kind, sizes, types, what is amiss.")
     look.add_argument("path", type=Path, metavar="PATH")
@@ -163,12 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = convert_pipeline(args.src, args.dst, dtype, args.only, args.delete_source)
     elif args.command == "export":
         report = export(args.folder, args.out, args.format, origin=args.origin, only=args.only)
-    elif args.command == "lora":
-        from convert.lora import convert_lora  # what needs an adapter needs all of JAX
-
-        report = convert_lora(
-            args.src, args.out, args.format, args.dtype, skip_unmatched=args.skip_unmatched
-        )
+    elif args.command.startswith("lora"):
+        report = lora_commands.run(args)
     else:
         report = inspect(args.path)
     sys.stdout.write(report + "\n")

@@ -5,6 +5,7 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from wanjax.progress import progress_bar
 from wanjax.tensor_files import read_safetensors
 from wanjax.weights import Manifest, copy_tokenizer, read_manifest
 
+if TYPE_CHECKING:
+    from convert.lora_merge import Merging
+
 FORMATS = ("official", "diffusers", "comfyui")
 Plans = dict[str, list[Planned]]
 
@@ -37,6 +41,7 @@ class Native:
     manifest: Manifest
     wanted: tuple[str, ...]
     origin: Path | None
+    merging: "Merging | None" = None
 
     def config(self, network: str) -> Config:
         return self.manifest.networks[network]
@@ -44,7 +49,10 @@ class Native:
     def plan(self, network: str, layout: str) -> list[Planned]:
         path = self.folder / f"{network}.safetensors"
         leaves = read_safetensors(path).tensors
-        return foreign_plan(network, self.config(network), layout, leaves, str(path))
+        planned = foreign_plan(network, self.config(network), layout, leaves, str(path))
+        if self.merging is not None and network == "dit":
+            return self.merging.into(planned, layout)
+        return planned
 
     def own_configs(self) -> dict[str, object]:
         """Our configs, for what another format has no place for."""
@@ -52,11 +60,17 @@ class Native:
 
 
 def export(
-    folder: Path, out: Path, format: str, origin: Path | None = None, only: Collection[str] = ()
+    folder: Path,
+    out: Path,
+    format: str,
+    origin: Path | None = None,
+    only: Collection[str] = (),
+    merging: "Merging | None" = None,
 ) -> str:
     """Write `out` and return a report of what went into it.
 
-    `origin` is the checkpoint that the folder was made of, whence tensors come that we do not keep.
+    `origin` is the checkpoint that the folder was made of, whence tensors come that we do not keep;
+    `merging` adds adapters to the denoiser on its way.
     Raises `UserError`, and leaves nothing behind, where something is missing or has no room.
     """
     refuse_existing(out)
@@ -66,7 +80,7 @@ def export(
         if network not in manifest.networks:
             have = ", ".join(manifest.networks)
             raise UserError(f"{folder} holds no {network}; choose from {have} with --only.")
-    native = Native(folder, manifest, wanted, origin)
+    native = Native(folder, manifest, wanted, origin, merging)
     write = {"official": _official, "diffusers": _diffusers, "comfyui": _comfyui}[format]
     return "\n".join([f"Wrote {out}", *write(native, out)])
 

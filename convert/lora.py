@@ -24,14 +24,19 @@ def convert_lora(
 
     `dtype` is that of a foreign file; fp32 gives the very same output as the adapter it came from.
     """
+    lora = open_lora(src, skip_unmatched=skip_unmatched)
+    write(out, lora, format, dtype)
+    return f"{out}: {describe(lora)}"
+
+
+def write(out: Path, lora: LoRA, format: str, dtype: str) -> None:
+    """Write an adapter as any of `FORMATS`."""
     if format not in FORMATS:
         raise UserError(f"There is no LoRA format '{format}'{nearest(format, FORMATS)}")
-    lora = open_lora(src, skip_unmatched=skip_unmatched)
     if format == "native":
         save_lora(out, lora)
     else:
         write_lora(out, lora, format, DTYPES[dtype])
-    return f"{out}: {describe(lora)}"
 
 
 def open_lora(path: Path, *, skip_unmatched: bool = False) -> LoRA:

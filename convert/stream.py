@@ -24,6 +24,8 @@ class Planned:
     dtype: np.dtype
     shape: tuple[int, ...]
     parts: tuple[np.ndarray, ...]
+    alter: Callable[[int, np.ndarray], np.ndarray] | None = None
+    """What the n-th part becomes on its way, of the same shape."""
 
     @property
     def nbytes(self) -> int:
@@ -31,8 +33,8 @@ class Planned:
 
     def stream(self) -> Iterator[np.ndarray]:
         """Its bytes in order; mapped pages are let go of as soon as they are through."""
-        for part in self.parts:
-            yield from pieces(part, self.dtype)
+        for i, part in enumerate(self.parts):
+            yield from pieces(part if self.alter is None else self.alter(i, part), self.dtype)
             drop_pages(part)
 
 

@@ -210,6 +210,19 @@ def merge(model: nnx.Module) -> None:
             layer.lora = None
 
 
+def matched(model: nnx.Module, lora: LoRA) -> str:
+    """How many layers of a model an adapter that fits was matched with, in words."""
+    layers = dict(linears(model))
+    total = sum(layer_shape(layer)[0] for layer in layers.values())
+    found = sum(len(lora.layers[name].numbers) for name in layers if name in lora.layers)
+    others = len(lora.layers.keys() - layers.keys()) + len(lora.changes)
+    beside = f", and {others} others" if others else ""
+    return (
+        f"{found:,} of {total:,} matrices of the blocks matched{beside}; {total - found:,} "
+        "missing, none unmatched"
+    )
+
+
 def parameters_of(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
     """Every variable by its name, such as `blocks.cross_attn.norm_q.scale`."""
     for path, variable in nnx.to_flat_state(nnx.state(model)):

@@ -26,7 +26,7 @@ from wanjax.conditioning import check_size, encode_text, image_tokens, picture_c
 from wanjax.denoising import Branches, denoise_step, prepare_rows
 from wanjax.devices import Speed
 from wanjax.errors import UserError
-from wanjax.lora import LoRA, check_fits
+from wanjax.lora import LoRA, check_fits, matched
 from wanjax.models.clip import CLIPVision
 from wanjax.models.dit import DiT
 from wanjax.models.umt5 import UMT5
@@ -128,6 +128,10 @@ class Pipeline:
         loras = _opened(lora)
         self._check_adapters(loras)
         self.loras = loras
+
+    def adapters_matched(self) -> list[str]:
+        """For each adapter how many layers of the model it was matched with, in words."""
+        return [matched(self._abstract_dit, lora) for lora, _ in self.loras]
 
     @property
     def dit(self) -> DiT:

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert.loaders import takers
 from convert.lora import convert_lora, open_lora
 from convert.native import convert_pipeline
-from tests.adapters import in_family, random_pairs, save
+from tests.adapters import FAMILIES, LAYERS, in_family, random_pairs, save
 from tests.parity.reference import randomise, relative_error
 from wanjax import Pipeline
 from wanjax.errors import UserError
@@ -18,7 +19,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline  
 from diffusers import WanTransformer3DModel as Theirs  # noqa: E402
 
 pytestmark = pytest.mark.compiles
-LAYERS = 3
+BLOCKS = 3
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def both(tmp_path_factory):
     """diffusers' pipeline around a small denoiser, and ours of the same weights."""
     torch.manual_seed(0)
     config = {"num_attention_heads": 3, "attention_head_dim": 20, "text_dim": 24, "freq_dim": 32}
-    config |= {"ffn_dim": 80, "num_layers": LAYERS, "image_dim": 32, "added_kv_proj_dim": 60}
+    config |= {"ffn_dim": 80, "num_layers": BLOCKS, "image_dim": 32, "added_kv_proj_dim": 60}
     transformer = randomise(Theirs(in_channels=36, out_channels=16, **config))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     none = dict.fromkeys(("tokenizer", "text_encoder", "vae", "image_processor", "image_encoder"))
@@ -131,6 +132,23 @@ def test_an_adapter_that_diffusers_saved_acts_here_as_there(both, said, tmp_path
     assert set(lora.layers) == blocks | {"image_embed.down"}  # also a "net.2"
     expected = theirs_with(theirs, path, said)
     assert relative_error(ours_with(ours, path), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("alpha", [None, lambda n: np.float32(1 + n % 3)])
+@pytest.mark.parametrize("layers", [tuple(LAYERS), ("self_attn.q", "ffn.0")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_said_of_diffusers_is_what_it_does(both, family, layers, alpha, said, tmp_path):
+    """It takes a file where the output is the same and the log has no line."""
+    theirs, ours = both
+    pairs = random_pairs(config_of(ours), layers=layers)
+    tensors = in_family(family, pairs, alpha)
+    path = save(tmp_path / "a.safetensors", tensors)
+    try:
+        expected = theirs_with(theirs, path, said)
+        takes = relative_error(ours_with(ours, path), expected) <= 1e-5
+    except (AssertionError, KeyError, ValueError, IndexError):
+        takes = False
+    assert takes == (not takers(list(tensors))["diffusers"])
 
 
 def test_a_text_to_video_adapter_acts_in_an_image_model_as_in_diffusers(both, said, tmp_path):

@@ -5,7 +5,7 @@ command line overrides any of them. The architecture is never set here: it comes
 checkpoint's own config.
 """
 
-from configs.command_line import command_line, parse_axes, parse_mesh
+from configs.command_line import command_line, parse_axes, parse_job, parse_mesh
 from configs.jobs import EncodeJob, SampleJob, TrainJob
 from configs.presets import PRESETS, Preset, check_preset
 
@@ -18,5 +18,6 @@ __all__ = [
     "check_preset",
     "command_line",
     "parse_axes",
+    "parse_job",
     "parse_mesh",
 ]

@@ -36,18 +36,25 @@ def command_line(
     name, *options = arguments
     if name not in PRESETS:
         raise UserError(f"There is no preset '{name}'{nearest(name, PRESETS)}")
-    job = job_of(PRESETS[name])
+    return name, parse_job(job_of(PRESETS[name]), options, description)
+
+
+def parse_job(job: Job, options: Sequence[str], description: str) -> Job:
+    """The job with the options of a command line put in, for a script that has no presets.
+
+    Raises `UserError`, a sentence with the nearest name, for what cannot be understood.
+    """
     known = dict(_options(job))
     stray, given = _grouped(options, known, _texts(job), _switches(job))
     if {"-h", "--help"} & set(options):
-        return name, _parse(job, options, description)
+        return _parse(job, options, description)
     _check_names(given, known)
     words = [word for option, values in given.items() for word in _words(option, values)]
     job = _parse(job, [*stray, *words], description)
     for option, reason in job.unread().items():
         if option in given:
             raise UserError(f"{option} says nothing with {reason}; leave one of them out.")
-    return name, job
+    return job
 
 
 def _options(job: Any) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("benchmarks", "configs", "convert", "examples", "tests", "wanjax")
-SCRIPTS = ("encode.py", "train.py", "sample.py")
+SCRIPTS = ("encode.py", "train.py", "sample.py", "evaluate.py")
 CONFTEST = Path("tests/conftest.py")
 EVERY_TEST = {CONFTEST, Path("tests/environment.py"), Path("tests/__init__.py")}
 ANY_CODE = {Path("tests/test_structure.py")}  # reads every file

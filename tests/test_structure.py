@@ -18,8 +18,8 @@ ROWS = [
     ["models", "placement"],
     ["lora", "flow", "solvers", "text", "work"],
     ["slots", "denoising", "conditioning", "weights", "checkpoint", "prompt_cache", "latents"]
-    + ["data", "eval"],
-    ["pictures"],
+    + ["data"],
+    ["pictures", "eval"],
     ["pipeline", "training", "loop"],
     ["planning"],
 ]

@@ -159,6 +159,16 @@ class Judge:
 def open_clip(folder: PathLike) -> Judge:
     """The CLIP in a folder of Hugging Face's. Raises `UserError` for what is no such folder."""
     folder = Path(folder)
+    config = check_folder(folder)
+    tensors = read_safetensors(folder / WEIGHTS).tensors
+    unread = ("position_ids", "logit_scale")
+    tensors = {name: x for name, x in tensors.items() if not name.endswith(unread)}
+    model = CLIP(tensors, config, str(folder))
+    return Judge(model, *_preparation(folder))
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The config of a folder that holds a CLIP. Raises `UserError` for another."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -171,11 +181,7 @@ def open_clip(folder: PathLike) -> Judge:
             f"{folder} holds a model of type '{config.get('model_type')}', not 'clip'; CLIP-SIM "
             "takes what Hugging Face's CLIPModel saved."
         )
-    tensors = read_safetensors(folder / WEIGHTS).tensors
-    unread = ("position_ids", "logit_scale")
-    tensors = {name: x for name, x in tensors.items() if not name.endswith(unread)}
-    model = CLIP(tensors, config, str(folder))
-    return Judge(model, *_preparation(folder))
+    return config
 
 
 def text_similarity(frames: Float[np.ndarray, "T C"], text: Float[np.ndarray, " C"]) -> float:

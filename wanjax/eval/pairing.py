@@ -1,0 +1,83 @@
+"""Which video belongs to which: by name, or by a table; and the prompts of videos."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from wanjax.errors import UserError, nearest, some
+from wanjax.eval.significance import REAL
+from wanjax.eval.videos import ClipFile
+from wanjax.text_files import read_objects
+
+FILE_KEYS, TEXT_KEYS = ("file", "out", "name"), ("prompt", "caption")
+
+
+def read_prompts(path: Path) -> dict[str, str]:
+    """Prompts by the name of their video, from JSON lines: {"file": "a.mp4", "prompt": "..."}.
+
+    A data set's metadata.jsonl ("file", "caption") and the jobs of sample.py ("out", "prompt") are
+    such files, too. Raises `UserError`, with the line, for one that lacks either.
+    """
+    found: dict[str, str] = {}
+    for where, entry in read_objects(path):
+        file = next((entry[key] for key in FILE_KEYS if isinstance(entry.get(key), str)), None)
+        text = next((entry[key] for key in TEXT_KEYS if isinstance(entry.get(key), str)), "")
+        if not file or not text.strip():
+            raise UserError(
+                f'{where} lacks a video or its prompt; write {{"file": "a.mp4", "prompt": "..."}}.'
+            )
+        found[_name(file)] = text
+    return found
+
+
+def prompts_of(
+    prompts: Mapping[str, str], sets: Mapping[str, Mapping[str, ClipFile]], path: Path
+) -> dict[str, str]:
+    """The prompt of every video in the sets, found by its name, or by the last part of that.
+    Raises `UserError` that names the videos that have none."""
+    names = sorted({name for clips in sets.values() for name in clips})
+    by_last = {PurePosixPath(name).name: text for name, text in prompts.items()}
+    found = {name: prompts.get(name) or by_last.get(PurePosixPath(name).name) for name in names}
+    missing = [name for name, text in found.items() if text is None]
+    if missing:
+        raise UserError(f"{path} has no prompt for {some(missing)}; add a line for each.")
+    return found
+
+
+def paired_by(
+    path: Path, sets: Mapping[str, Mapping[str, ClipFile]]
+) -> dict[str, dict[str, ClipFile]]:
+    """The sets with every video under the name of its real one, by a table of JSON lines:
+    {"real": "a.mp4", "A": "x.mp4"}. Raises `UserError` for a line that names what is not there."""
+    renamed = {label: dict(clips) for label, clips in sets.items()}
+    for where, entry in read_objects(path):
+        if not isinstance(entry.get(REAL), str) or len(entry) < 2:
+            raise UserError(f'{where} is no pair; write {{"real": "a.mp4", "A": "b.mp4"}}.')
+        real = _found(entry[REAL], REAL, sets, where)
+        for label, file in entry.items():
+            if label == REAL:
+                continue
+            if label not in sets or not isinstance(file, str):
+                raise UserError(f"{where} names the set '{label}'{nearest(label, sets)}")
+            name = _found(file, label, sets, where)
+            renamed[label].pop(name, None)
+            renamed[label][real] = replace(sets[label][name], name=real)
+    return renamed
+
+
+def unpaired(sets: Mapping[str, Mapping[str, ClipFile]], real: str = REAL) -> dict[str, list[str]]:
+    """Per set the names of the videos that have no real one."""
+    others = {label: clips for label, clips in sets.items() if label != real}
+    found = {label: sorted(set(clips) - set(sets[real])) for label, clips in others.items()}
+    return {label: names for label, names in found.items() if names}
+
+
+def _found(file: str, label: str, sets: Mapping[str, Mapping[str, ClipFile]], where: str) -> str:
+    name = _name(file)
+    if name not in sets[label]:
+        raise UserError(f"{where} names {file}, which is not in {label}; mend the line.")
+    return name
+
+
+def _name(file: str) -> str:
+    return PurePosixPath(file).with_suffix("").as_posix()

@@ -13,10 +13,10 @@ import tyro
 
 from configs.jobs import EncodeJob, SampleJob, TrainJob
 from configs.presets import Preset
-from wanjax.conditioning import size_for
 from wanjax.data.features import Features
 from wanjax.errors import UserError, nearest
 from wanjax.models.presets import ARCHITECTURES
+from wanjax.pictures import choose_size
 from wanjax.planning.plans import PHASES, Request
 from wanjax.weights import read_config
 
@@ -146,7 +146,4 @@ def size_of(job: PlanJob, networks: dict) -> tuple[int, int, int]:
         t, h, w, _ = Features.open(job.features).spec.latents
         time, height, width = networks["vae"].stride
         return time * (t - 1) + 1, height * h, width * w
-    if (job.height is None) != (job.width is None):
-        raise UserError("Give both --height and --width, or neither (then --area counts, at 16:9).")
-    size = size_for(9, 16, job.area) if job.height is None else (job.height, job.width)
-    return job.frames, *size
+    return job.frames, *choose_size(job.height, job.width, job.area, ())

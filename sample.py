@@ -71,7 +71,8 @@ NOT_IN_A_VIDEO = frozenset(
 def main() -> None:
     claim_memory()
     keep_programs()
-    preset, job = command_line(lambda preset: preset.sample, __doc__)
+    fixed = lambda job: ("--fast", job.fixed())  # noqa: E731
+    preset, job = command_line(lambda preset: preset.sample, __doc__, fixed=fixed)
     wanted = requests(job)
     videos = [video for video in wanted if not video.out.exists()]
     if len(videos) < len(wanted):
@@ -326,6 +327,12 @@ def read_jobs(job: SampleJob) -> list[SampleJob]:
     videos, places = [], set()
     for where, given in read_objects(job.jobs):
         video = replace(job, **parse_job(given, where))
+        for name, value in job.fixed().items():
+            if getattr(video, name) != value:
+                raise UserError(
+                    f"{where}: {name}={given[name]!r} contradicts --fast, which makes it {value}; "
+                    "leave one of them out."
+                )
         place = None if video.out is None else latents_path(video.out.resolve())
         if place in places:
             raise UserError(f"{where} writes {video.out}, as an earlier line does.")

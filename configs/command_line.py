@@ -17,15 +17,22 @@ from wanjax.errors import UserError, nearest
 from wanjax.sharding import make_mesh
 
 Job = TypeVar("Job")
+Fixed = tuple[str, Mapping[str, Any]]
 _INVALID = re.compile(r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*?)\)")
 
 
 def command_line(
-    job_of: Callable[[Preset], Job], description: str, arguments: Sequence[str] | None = None
+    job_of: Callable[[Preset], Job],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    fixed: Callable[[Job], Fixed] = lambda job: ("", {}),
 ) -> tuple[str, Job]:
     """The chosen preset's name and the job, with the options of the command line put in.
 
-    Raises `UserError`, a sentence with the nearest name, for what cannot be understood.
+    `fixed` says what of a job some option sets for others: that option, and the values by field,
+    which an option of the command line may not contradict. Raises `UserError`, a sentence with the
+    nearest name, for what cannot be understood.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] in (["-h"], ["--help"]):
@@ -36,10 +43,16 @@ def command_line(
     name, *options = arguments
     if name not in PRESETS:
         raise UserError(f"There is no preset '{name}'{nearest(name, PRESETS)}")
-    return name, parse_job(job_of(PRESETS[name]), options, description)
+    return name, parse_job(job_of(PRESETS[name]), options, description, fixed=fixed)
 
 
-def parse_job(job: Job, options: Sequence[str], description: str) -> Job:
+def parse_job(
+    job: Job,
+    options: Sequence[str],
+    description: str,
+    *,
+    fixed: Callable[[Job], Fixed] = lambda job: ("", {}),
+) -> Job:
     """The job with the options of a command line put in, for a script that has no presets.
 
     Raises `UserError`, a sentence with the nearest name, for what cannot be understood.
@@ -54,7 +67,32 @@ def parse_job(job: Job, options: Sequence[str], description: str) -> Job:
     for option, reason in job.unread().items():
         if option in given:
             raise UserError(f"{option} says nothing with {reason}; leave one of them out.")
-    return job
+    return _fix(job, given, *fixed(job))
+
+
+def _fix(job: Job, given: Mapping[str, Any], reason: str, values: Mapping[str, Any]) -> Job:
+    """The job with what another option sets, unless the command line says otherwise."""
+    said = dict(_options(job))
+    for name, value in values.items():
+        option = "--" + name.replace("_", "-")
+        if option in given and said[option] != value:
+            raise UserError(
+                f"{option} {' '.join(given[option])} contradicts {reason}, which makes it {value}; "
+                "leave one of them out."
+            )
+    return _with(job, values)
+
+
+def _with(job: Any, values: Mapping[str, Any]) -> Any:
+    """The job with these values, of its own fields or of those of a dataclass in a field."""
+    found = {}
+    for field in dataclasses.fields(job):
+        value = getattr(job, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = _with(value, values)
+        elif field.name in values:
+            found[field.name] = values[field.name]
+    return dataclasses.replace(job, **found)
 
 
 def _options(job: Any) -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -111,8 +111,10 @@ class SampleJob:
     """Classifier-free guidance scale; 1 turns it off and halves the work."""
     shift: float = 5.0
     """Wan's time shift (5 for 720p, 3 for 480p, 16 for first-and-last-frame)."""
-    solver: Literal["unipc", "dpm++", "euler"] = "unipc"
-    """Integrator of the flow."""
+    solver: Literal["unipc", "dpm++", "euler", "lcm"] = "unipc"
+    """Integrator of the flow; lcm is for adapters that were distilled to a few steps."""
+    fast: bool = False
+    """With a four-step adapter: --solver lcm --steps 4 --shift 5 --guidance 1."""
     sigmas: tuple[float, ...] | None = None
     """An explicit schedule of N+1 values that falls to 0, in place of steps and shift."""
     seed: int = 0
@@ -144,3 +146,8 @@ class SampleJob:
         if self.sigmas is not None:
             found |= dict.fromkeys(("--steps", "--shift"), "--sigmas")
         return found
+
+    def fixed(self) -> dict[str, Any]:
+        """What --fast sets, by field."""
+        four = {"solver": "lcm", "steps": 4, "shift": 5.0, "guidance": 1.0, "sigmas": None}
+        return four if self.fast else {}

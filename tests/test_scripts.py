@@ -269,3 +269,26 @@ def test_adapters_on_a_quantised_base(world, features, tmp_path):
         with av.open(str(out)) as container:
             assert json.loads(container.metadata["comment"])["base"] == base
     assert 0 < np.abs(made["int8"] - made["bfloat16"]).mean() < 8
+
+
+def test_fast_is_four_steps_of_lcm_without_guidance(world, tmp_path):
+    """And what it says again may be said; without it another video comes out."""
+    given = ("nano", "--checkpoint", world / "ck", "--image", world / "picture.png", *SIZE)
+    given += ("--dtype", "float32", "--seed", 5)
+    spelt = ("--solver", "lcm", "--steps", 4, "--shift", 5, "--guidance", 1)
+    for name, words in (
+        ("fast", ("--fast",)),
+        ("spelt", spelt),
+        ("both", ("--fast", *spelt)),
+        ("euler", ("--solver", "euler", *spelt[2:])),
+    ):
+        call("sample.py", *given, *words, "--out", f"{name}.mp4", cwd=tmp_path)
+    frames = {
+        name: [
+            f.to_ndarray(format="rgb24") for f in av.open(str(tmp_path / f"{name}.mp4")).decode()
+        ]
+        for name in ("fast", "spelt", "both", "euler")
+    }
+    np.testing.assert_array_equal(frames["fast"], frames["spelt"])
+    np.testing.assert_array_equal(frames["fast"], frames["both"])
+    assert np.any(np.asarray(frames["fast"]) != frames["euler"])

@@ -254,6 +254,13 @@ SAMPLE = {
     "lora missing": (("--lora", "nowhere:0.5"), "no run or adapter file 'nowhere'"),
     "lora is no lora": (("--lora", "picture.png"), "picture.png is not a safetensors file"),
     "lora is a folder": (("--lora", "clips"), "clips is not a run of train.py"),
+    "fast and another solver": (("--fast", "--solver", "euler"), "--solver euler contradicts --f"),
+    "fast and guidance": (("--fast", "--guidance", "5"), "--guidance 5 contradicts --fast, .* 1.0"),
+    "fast and sigmas": (("--fast", "--sigmas", "1", "0"), "--sigmas 1 0 contradicts --fast"),
+    "fast and a job's steps": (
+        ("--fast", "--jobs", "steps.jsonl"),
+        "steps.jsonl:1: steps=8 contradicts --fast, which makes it 4",
+    ),
     "strength": (("--lora", "run:strong"), "no number after its last colon; write PATH:0.8"),
     "jobs missing": (("--jobs", "j.jsonl"), "j.jsonl cannot be read"),
     "jobs are none": (("--jobs", "picture.png"), "picture.png:1 is not UTF-8"),
@@ -264,6 +271,7 @@ SAMPLE = {
 @pytest.mark.parametrize(("words", "match"), SAMPLE.values(), ids=SAMPLE)
 def test_sample_refuses(words, match, bench, monkeypatch):
     Path("jobs.jsonl").write_text('{"out": "a.mp4"}\n{"out": "b.mp4", "image": "nowhere.png"}')
+    Path("steps.jsonl").write_text('{"out": "a.mp4", "steps": 8}')
     good = ("nano", *CK, *PICTURE, "--out", "o.mp4", *SIZE)
     message = refused(sample, *good, *words, monkeypatch=monkeypatch)
     assert re.search(match, message), message

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from wanjax.errors import UserError
-from wanjax.solvers import Coefficients, initial_noise, initial_state, make_schedule, step
+from wanjax.solvers import (
+    Coefficients,
+    initial_noise,
+    initial_state,
+    make_schedule,
+    renoise,
+    seed_key,
+    step,
+)
 
 UNIPC_40_5 = (
     "999,994,989,983,978,972,965,959,952,944,937,929,920,911,902,892,882,870,859,846,833,818,803,"
@@ -187,3 +195,33 @@ def test_every_bit_of_a_seed_counts():
     for seed in (-1, 1 << 64):
         with pytest.raises(UserError, match=f"seed={seed} is not from 0"):
             noise(seed)
+
+
+def test_the_four_steps_of_lcm_are_the_published_ones():
+    """Raw times 1000, 750, 500 and 250, shifted by 5; timesteps are not truncated."""
+    schedule = make_schedule("lcm", 4, 5.0)
+    np.testing.assert_allclose(schedule.sigmas, [1, 0.9375, 5 / 6, 0.625, 0], rtol=1e-7)
+    np.testing.assert_allclose(schedule.timesteps, [1000, 937.5, 2500 / 3, 625], rtol=1e-7)
+    np.testing.assert_array_equal(schedule.fresh, schedule.sigmas[1:].astype(np.float32))
+    assert not any(make_schedule(s, 4, 5.0).fresh.any() for s in ("unipc", "dpm++", "euler"))
+
+
+def test_lcm_goes_to_the_estimate_and_back_up_by_noise_that_was_never_used():
+    """Against the recipe written out; and a perfect estimate is what comes out at the end."""
+    schedule, key = make_schedule("lcm", 4, 5.0), seed_key(7)
+    state = initial_state(initial_noise((2, 3), None, 7))
+    data, x, noises = jnp.full((1, 2, 3), 0.25), np.asarray(state.x), [np.asarray(state.x)]
+    velocity = lambda x, sigma: jnp.sin(3 * x) if sigma > 0.7 else (x - data) / sigma  # noqa: E731
+    for i, sigma in enumerate(schedule.sigmas[:-1]):
+        after = schedule.sigmas[i + 1]
+        denoised = x - sigma * np.asarray(velocity(x, sigma))
+        state = step(state, velocity(state.x, sigma), schedule.row(i))
+        np.testing.assert_allclose(state.x, (1 - after) * denoised, atol=1e-5)
+        before = np.asarray(state.x)
+        state = renoise(state, schedule.fresh[i], key, np.int32(i))
+        x = np.asarray(state.x)
+        noises.append((x - before) / max(after, 1e-9))
+    np.testing.assert_allclose(state.x, data, atol=1e-6)
+    for i, one in enumerate(noises[:-1]):
+        assert 0.3 < one.std() < 2
+        assert not any(np.allclose(one, other, atol=1e-3) for other in noises[:i])

@@ -39,7 +39,7 @@ from wanjax.quantisation import UNQUANTISED, Base, check_base
 from wanjax.residency import Residency, Residents
 from wanjax.sharding import check_heads, check_rows, one_device
 from wanjax.slots import Slots
-from wanjax.solvers import initial_noise, initial_state, make_schedule
+from wanjax.solvers import initial_noise, initial_state, make_schedule, renoise, seed_key
 from wanjax.text import Tokenizer, check_vocabulary, default_negative
 from wanjax.types import Condition, Conditioned, PathLike
 from wanjax.weights import abstract_network, device_bytes, fingerprint, load_network, read_config
@@ -321,9 +321,10 @@ class Pipeline:
         schedule = make_schedule(solver, steps, shift, sigmas)
         # Committed to their places, as a step's results are: else the second step compiles again.
         guided = self.check_guidance(guidance)
-        noise = initial_noise(self.latents_shape(conditioned), noise, seed)
+        noise, key = initial_noise(self.latents_shape(conditioned), noise, seed), seed_key(seed)
         conditions = (conditioned.positive, conditioned.negative)[: 1 + guided]
-        state, conditions = jax.device_put((initial_state(noise), conditions), self._everywhere())
+        given = (initial_state(noise), conditions, key)
+        state, conditions, key = jax.device_put(given, self._everywhere())
         speed = self.speed(conditioned, guidance)
         self.residents.enter("denoise")
         dit = self.dit
@@ -342,6 +343,8 @@ class Pipeline:
                     guided=guided,
                     branches=self.branches,
                 )
+                if schedule.fresh[i]:
+                    state = renoise(state, schedule.fresh[i], key, np.int32(i))
                 state.x.block_until_ready()
                 seconds = time.perf_counter() - since
                 bar.advance(note=f"{seconds:.2f} s/step, {speed.said(seconds)}" if i else "")

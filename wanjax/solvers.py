@@ -1,4 +1,4 @@
-"""Solvers of the flow ODE: UniPC of order 2, DPM++ 2M, Euler.
+"""Solvers of the flow ODE: UniPC of order 2, DPM++ 2M, Euler; and LCM for few-step adapters.
 
 Convention: `x = (1-sigma)*data + sigma*noise` and the network gives `v = noise - data`, so the
 denoised estimate is `m = x - sigma*v`. Each of the three is linear in the state, so a solver is a
@@ -8,21 +8,27 @@ table of coefficients, computed once on the host in float64, and all share one p
     x      = c_x*x + c_last*x_last + c_m*m + c_m1*m1 + c_m2*m2      (corrector; UniPC only)
     x_next = p_x*x + p_m*m + p_m1*m1                                (predictor)
 
+LCM is for models that were distilled to say `m` in one step from any sigma: it goes to `m` and back
+up to the next sigma by fresh noise (`renoise`), which the other three never add.
+
 Sources: Wan-Video/Wan2.1 `wan/utils/fm_solvers_unipc.py` and `fm_solvers.py`; UniPC, arXiv
-2302.04867; DPM-Solver++, arXiv 2211.01095.
+2302.04867; DPM-Solver++, arXiv 2211.01095; latent consistency models,
+arXiv 2310.04378.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from wanjax.errors import UserError, nearest
+from wanjax.sharding import constrain_state
 
 
 class Coefficients(NamedTuple):
@@ -41,11 +47,13 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """`timesteps` (0...1000) to show the network, and the coefficients of every step, in fp32."""
+    """`timesteps` (0...1000) to show the network, and the coefficients of every step, in fp32;
+    `fresh` is how much new noise is added after each."""
 
     timesteps: Float[np.ndarray, " N"]
     sigmas: Float[np.ndarray, " N1"]
     coefficients: Coefficients
+    fresh: Float[np.ndarray, " N"]
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -71,7 +79,7 @@ def initial_noise(
 ) -> Float[Array, "1 t h w C"]:
     """The noise of `seed` (0 to 2^64-1), or the given one, which must be of this shape."""
     if given is None:
-        return jax.random.normal(_key(seed), (1, *shape), jnp.float32)
+        return jax.random.normal(seed_key(seed), (1, *shape), jnp.float32)
     noise = jnp.array(given, jnp.float32)  # a copy: the denoise step consumes its state
     if noise.shape not in (shape, (1, *shape)):
         raise UserError(f"noise has the shape {noise.shape} and this video needs {shape}.")
@@ -84,7 +92,7 @@ def check_seed(seed: int) -> None:
         raise UserError(f"seed={seed} is not from 0 to {(1 << 64) - 1}; choose another.")
 
 
-def _key(seed: int) -> Array:
+def seed_key(seed: int) -> Array:
     """JAX's seeds have 32 bits: the upper ones of a longer seed are folded in."""
     check_seed(seed)
     low, high = seed % (1 << 32), seed >> 32
@@ -105,6 +113,13 @@ def step(state: State, velocity: Float[Array, "..."], c: Coefficients) -> State:
     return State(c.p_x * x + c.p_m * m + c.p_m1 * m1, x, m, m1)
 
 
+@partial(jax.jit, donate_argnames="state")
+def renoise(state: State, amount: Float[Array, ""], seed: Array, index: Int[Array, ""]) -> State:
+    """The state after step `index` with so much fresh noise added; `seed` is a key."""
+    noise = jax.random.normal(jax.random.fold_in(seed, index + 1), state.x.shape)
+    return constrain_state(state._replace(x=state.x + amount * noise))
+
+
 def shift_sigmas(sigma: np.ndarray, shift: float) -> np.ndarray:
     """Wan's time shift: `s*sigma / (1 + (s-1)*sigma)`."""
     return shift * sigma / (1 + (shift - 1) * sigma)
@@ -113,10 +128,10 @@ def shift_sigmas(sigma: np.ndarray, shift: float) -> np.ndarray:
 def make_schedule(
     solver: str, steps: int, shift: float, sigmas: np.ndarray | None = None
 ) -> Schedule:
-    """The official schedule of `solver` ("unipc", "dpm++", "euler"), or one on given `sigmas`.
+    """The official schedule of `solver` ("unipc", "dpm++", "euler", "lcm"), or one on `sigmas`.
 
-    Official timesteps are `trunc(1000*sigma)`, as in Wan's schedulers; explicit `sigmas` (N+1
-    values that fall to 0) give `1000*sigma` untruncated.
+    Official timesteps are `trunc(1000*sigma)`, as in Wan's schedulers; those of lcm and of explicit
+    `sigmas` (N+1 values that fall to 0) are `1000*sigma` untruncated.
     """
     if solver not in SOLVERS:
         raise UserError(f"There is no solver '{solver}'{nearest(solver, SOLVERS)}")
@@ -130,14 +145,17 @@ def make_schedule(
             raise UserError(f"shift={shift:g} is not a positive number; use 5, for example.")
         start = 0.999 if solver == "unipc" else 1.0
         sigmas = shift_sigmas(np.linspace(start, 0, steps + 1)[:-1], shift)
-        timesteps = np.trunc(sigmas * 1000)
+        timesteps = 1000 * sigmas if solver == "lcm" else np.trunc(sigmas * 1000)
         # The official schedulers keep sigma in fp32; near 1 that rounding is what they integrate.
         sigmas = np.append(sigmas, 0).astype(np.float32).astype(np.float64)
     rows = SOLVERS[solver](sigmas)
     columns = [np.asarray(column, np.float32) for column in zip(*rows)]
     if not all(np.isfinite(column).all() for column in columns):
         raise UserError(f"shift={shift:g} leaves no usable schedule; use 5, for example.")
-    return Schedule(timesteps.astype(np.float32), sigmas, Coefficients(*columns))
+    fresh = sigmas[1:] if solver == "lcm" else np.zeros(len(timesteps))
+    return Schedule(
+        timesteps.astype(np.float32), sigmas, Coefficients(*columns), fresh.astype(np.float32)
+    )
 
 
 def _checked(sigmas: np.ndarray) -> np.ndarray:
@@ -162,6 +180,11 @@ def _euler(sigmas: np.ndarray) -> list[Coefficients]:
     """`x + (sigma_next - sigma) * v`, written with the denoised estimate."""
     ratios = sigmas[1:] / sigmas[:-1]
     return [Coefficients(s, 1, 0, 0, 0, 0, r, 1 - r, 0) for s, r in zip(sigmas, ratios)]
+
+
+def _lcm(sigmas: np.ndarray) -> list[Coefficients]:
+    """`(1 - sigma_next) * m`; the noise of sigma_next is fresh, and added by `renoise`."""
+    return [Coefficients(s, 1, 0, 0, 0, 0, 0, 1 - t, 0) for s, t in zip(sigmas, sigmas[1:])]
 
 
 def _dpm_plus_plus(sigmas: np.ndarray) -> list[Coefficients]:
@@ -224,4 +247,5 @@ SOLVERS: dict[str, Callable[[np.ndarray], list[Coefficients]]] = {
     "unipc": _unipc,
     "dpm++": _dpm_plus_plus,
     "euler": _euler,
+    "lcm": _lcm,
 }

@@ -64,6 +64,15 @@ def test_the_kernel_distance_is_unbiased_where_frechet_is_not():
     assert min(frechet(*pair) for pair in sets) > 10
 
 
+def test_pairs_that_are_alike_do_not_move_the_kernel_distance():
+    rng = np.random.default_rng(1)
+    sets = rng.normal(size=(2000, 8, 30))
+    alike = [(x, x + 0.1 * rng.normal(size=x.shape)) for x in sets]
+    found = np.asarray([kernel_distance(*pair, paired=True) for pair in alike])
+    assert abs(found.mean()) < 3 * found.std() / np.sqrt(2000)
+    assert np.mean([kernel_distance(*pair) for pair in alike[:50]]) < -0.5
+
+
 def test_the_kernel_distance_by_hand():
     x, y = np.asarray([[0.0], [1.0]]), np.asarray([[2.0], [0.0]])
     assert kernel_distance(x, y) == pytest.approx(1 + 1 - 2 * (1 + 1 + 27 + 1) / 4)

@@ -133,7 +133,7 @@ def test_fvd_of_equal_numbers(folder, monkeypatch):
     assert found["fvd"]["bad"]["value"] > 0 and found["fvd"]["bad"]["n"] == 7
     (fvd, _) = found["comparisons"]
     assert (fvd["a"], fvd["b"], fvd["paired"]) == ("real", "bad", True)
-    assert "differs from the real videos" in fvd["verdict"]
+    assert "from the real videos, and differs from them" in fvd["verdict"]
 
 
 def test_unequal_numbers_are_refused_or_drawn(folder, tmp_path):

@@ -6,6 +6,7 @@ its interval, every p-value is corrected for the number of all.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -91,6 +92,8 @@ class _Sets:
 
     def __init__(self, name: str, measured: Measured, sets: Sets, seed: int):
         self._name, self._distance, self._seed = name, DISTANCES[name], seed
+        if name == "kvd" and all(sorted(clips) == sorted(sets[REAL]) for clips in sets.values()):
+            self._distance = partial(kernel_distance, paired=True)
         self._features = {label: measured.features(label) for label in sets}
         self._shots = {label: [sets[label][n].shot for n in sorted(sets[label])] for label in sets}
         self._names = {label: sorted(sets[label]) for label in sets}

@@ -5,7 +5,7 @@ from html import escape
 
 import numpy as np
 
-WIDTH, HEIGHT, LEFT, BELOW, ABOVE, RIGHT = 320, 240, 52, 34, 12, 14
+WIDTH, HEIGHT, LEFT, BELOW, ABOVE, RIGHT = 320, 240, 58, 34, 12, 14
 
 
 def scatter(a: Mapping[str, float], b: Mapping[str, float], name_a: str, name_b: str) -> str:
@@ -43,7 +43,7 @@ def intervals(sets: Mapping, labels: Sequence[str]) -> str:
     parts = [_frame(), *(_mark_up(value, up(value)) for value in (low, high))]
     rng = np.random.default_rng(0)  # moves points aside, so that equal ones are seen
     for i, label in enumerate(labels):
-        middle, of, colour = LEFT + (i + 0.5) * step, sets[label], f"var(--{min(i, 5)})"
+        middle, of, colour = LEFT + (i + 0.5) * step, sets[label], f"var(--{1 + i % 5})"
         for name, score in of.scores.items():
             x = middle + rng.uniform(-0.22, 0.22) * step
             parts.append(
@@ -65,7 +65,7 @@ def intervals(sets: Mapping, labels: Sequence[str]) -> str:
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return low - room, high + room
+    return (max(0.0, low - room) if low >= 0 else low - room), high + room
 
 
 def _across(low: float, high: float):

@@ -25,17 +25,20 @@ def frechet(x: Features, y: Features) -> float:
     return max(0.0, float(distance))
 
 
-def kernel_distance(x: Features, y: Features) -> float:
+def kernel_distance(x: Features, y: Features, *, paired: bool = False) -> float:
     """The unbiased estimate of the squared maximum mean discrepancy under the kernel
     (x . y / C + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401). KVD, where features are I3D's.
 
     Its mean does not depend on the number of features, and is 0 for sets of one kind; so a value
-    may be below 0. Raises `ValueError` for sets of fewer than two.
+    may be below 0. Where row n of both is of one shot (`paired`), these alike ones are left out, as
+    each one's likeness to itself is (Gretton et al. 2012, lemma 6). Raises `ValueError` for sets of
+    fewer than two.
     """
     x, y = _pair(x, y)
     inner = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3  # noqa: E731
     within = [_mean_off_diagonal(inner(a, a)) for a in (x, y)]
-    return float(sum(within) - 2 * inner(x, y).mean())
+    across = inner(x, y)
+    return float(sum(within) - 2 * (_mean_off_diagonal(across) if paired else across.mean()))
 
 
 def _pair(x: Features, y: Features) -> tuple[Features, Features]:

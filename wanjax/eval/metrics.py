@@ -43,7 +43,7 @@ METRICS = {
         Metric("flicker", "flicker", "grey levels", None, "videos", "flicker"),
         Metric("warping", "warping error", "x 1000", "lower", "videos", "warping", ("cv2",)),
         Metric("motion", "motion", "% of height", None, "videos", "motion", ("cv2",)),
-        Metric("drift", "colour drift", "Delta E", "lower", "videos", "drift", ("skimage",)),
+        Metric("drift", "colour drift", "Delta E", None, "videos", "drift", ("skimage",)),
         Metric(
             "first_frame", "first frame", "SSIM", "higher", "pairs", "first_frame", ("skimage",)
         ),

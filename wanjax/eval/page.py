@@ -11,7 +11,7 @@ from wanjax.eval.significance import REAL
 
 STYLE = """
 :root { --ink: #1c2024; --soft: #5b6570; --line: #d9dee3; --paper: #fff; --panel: #f5f7f9;
-  --0: #5b6570; --1: #0b6bcb; --2: #c2410c; --3: #15803d; --4: #7e22ce; --5: #a16207; }
+  --1: #0b6bcb; --2: #c2410c; --3: #15803d; --4: #7e22ce; --5: #a16207; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8ebee; --soft: #9aa5b1; --line: #39424c;
   --paper: #14181c; --panel: #1d2329; --1: #60a5fa; --2: #fb923c; --3: #4ade80; --4: #c084fc;
   --5: #facc15; } }
@@ -27,7 +27,10 @@ p, li { max-width: 46rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; }
-td small { display: block; color: var(--soft); white-space: nowrap; }
+td small { display: block; color: var(--soft); }
+td + td small { white-space: nowrap; }
+td:first-child { min-width: 6.5rem; }
+ul.verdicts li { max-width: none; margin: .2rem 0; }
 ul.verdicts { padding: .8rem 1rem .8rem 2rem; background: var(--panel); border-radius: .5rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
   gap: 1rem; }
@@ -107,7 +110,7 @@ def page(
     examples: Sequence[Example],
 ) -> str:
     """The whole file."""
-    labels = list(settings["sets"])
+    labels = sorted(settings["sets"], key=lambda label: label == REAL)  # the real ones last
     title = " and ".join(label for label in labels if label != REAL) + " against real videos"
     parts = [
         f"<h1>{escape(title[:1].upper() + title[1:])}</h1>",

@@ -1,6 +1,7 @@
 """evaluate.py from folders to a report: what it finds, what it keeps, and what it refuses."""
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -134,6 +135,32 @@ def test_fvd_of_equal_numbers(folder, monkeypatch):
     (fvd, _) = found["comparisons"]
     assert (fvd["a"], fvd["b"], fvd["paired"]) == ("real", "bad", True)
     assert "from the real videos, and differs from them" in fvd["verdict"]
+
+
+def test_clip_sim(folder, tmp_path):
+    """All three, with a prompt for each video, of which one is too long."""
+    from tests.parity.tiny_clip import WORDS, save_clip
+
+    save_clip(tmp_path / "clip", "quick_gelu", old_eos=True)
+    prompts = [" ".join(WORDS[i : i + 4]) for i in range(6)] + [" ".join(WORDS)]
+    lines = [{"file": f"{n}.mp4", "prompt": p} for n, p in zip(NAMES, prompts)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("--metrics", "clip_text,clip_frames,clip_reference", "--clip", tmp_path / "clip")
+    words += ("--prompts", tmp_path / "prompts.jsonl")
+    found = evaluate(folder, "clip_report", *words)
+    assert found["settings"]["notes"][-1] == "CLIP sees only the beginning of 1 of 7 prompts."
+    frames = {label: of["value"] for label, of in found["clip_frames"].items()}
+    assert 1 >= frames["real"] > frames["bad"] > -1
+    reference = {label: of["value"] for label, of in found["clip_reference"].items()}
+    assert reference.keys() == {"good", "bad"} and reference["good"] > reference["bad"]
+    assert found["clip_text"].keys() == {"real", "good", "bad"}
+
+
+def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "cv2" else known(n))
+    said = evaluate(folder, "refused", "--metrics", "motion", code=2)
+    assert "not installed (cv2)" in said and 'pip install -e ".[eval]"' in said
 
 
 def test_unequal_numbers_are_refused_or_drawn(folder, tmp_path):

@@ -5,38 +5,89 @@ a 95 % interval, every difference a p-value, corrected for their number. Videos 
 suffix) are pairs; FILM@FRAME is a window of the shot FILM, and shots are what is counted. REPORT
 holds results.json, results.csv and report.html, which opens from disk. What was measured is kept in
 the user's cache, by the content of the files.
+
+`python evaluate.py study-ranks --real DIR --runs 4:0=DIR 4:1=DIR 8:0=DIR ...` asks the same of
+ranks of adapters, each trained with several seeds.
 """
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from configs import parse_job
-from configs.evaluate import EvaluateJob
+from configs.evaluate import EvaluateJob, RanksJob, VideosJob
 from wanjax.errors import UserError, run_script, some
 from wanjax.eval.analysis import analyse
-from wanjax.eval.measuring import Measurer
+from wanjax.eval.measuring import Measured, Measurer, Sets
 from wanjax.eval.metrics import Metric, chosen_metrics
 from wanjax.eval.pairing import paired_by, prompts_of, read_prompts, unpaired
+from wanjax.eval.rank_report import read_costs, write_rank_report
+from wanjax.eval.ranks import parse_runs, study
 from wanjax.eval.report import About, write_report
 from wanjax.eval.significance import REAL, require_equal
-from wanjax.eval.videos import ClipFile, View, common_view, describe_set, draw, notes, read_set
+from wanjax.eval.videos import View, common_view, describe_set, draw, notes, read_set
 from wanjax.outputs import refuse_existing, require_writable, whole_folder
 from wanjax.programs import keep_programs
 
-Sets = Mapping[str, Mapping[str, ClipFile]]
+RANKS = "study-ranks"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was measured, of which videos."""
+
+    metrics: list[Metric]
+    sets: Sets
+    view: View
+    about: About
+    measured: Measured
 
 
 def main() -> None:
     keep_programs()
-    job = parse_job(EvaluateJob(), sys.argv[1:], __doc__)
+    if sys.argv[1:2] == [RANKS]:
+        study_ranks(parse_job(RanksJob(), sys.argv[2:], __doc__))
+    else:
+        compare(parse_job(EvaluateJob(), sys.argv[1:], __doc__))
+
+
+def compare(job: EvaluateJob) -> None:
+    """Sets with the real videos, and with each other."""
+    done = measure(job, labelled(job.generated))
+    findings = analyse(done.metrics, done.measured, done.sets, job.seed)
+    with whole_folder(job.out) as partial:
+        write_report(partial, findings, done.about, done.sets, done.view)
+    conclude(findings.verdicts, job.out)
+
+
+def study_ranks(job: RanksJob) -> None:
+    """Ranks with each other, by their runs."""
+    runs = parse_runs(job.runs)
+    costs = {} if job.costs is None else read_costs(job.costs)
+    done = measure(job, {label: Path(folder) for label, (_, _, folder) in runs.items()})
+    by_label = {label: (rank, seed) for label, (rank, seed, _) in runs.items()}
+    findings = study(done.metrics, done.measured, done.sets, by_label, job.seed)
+    with whole_folder(job.out) as partial:
+        write_rank_report(partial, findings, done.about, costs)
+    conclude([found.verdict for found in findings], job.out)
+
+
+def conclude(sentences: Sequence[str], out: Path) -> None:
+    """The last that is said."""
+    sys.stdout.writelines(f"{sentence}\n" for sentence in sentences)
+    sys.stdout.write(f"{out / 'report.html'}\n")
+
+
+def measure(job: VideosJob, generated: Mapping[str, Path]) -> Study:
+    """All that the metrics need of the real and the generated videos."""
     has_prompts, has_clip = job.prompts is not None, job.clip is not None
     names = [name.strip() for name in job.metrics.split(",") if name.strip()]
     metrics = chosen_metrics(names, has_prompts=has_prompts, has_clip=has_clip)
     refuse_existing(job.out)
     require_writable(job.out)
-    sets = {label: read_set(folder) for label, folder in folders(job).items()}
+    sets = {label: read_set(folder) for label, folder in {REAL: job.real, **generated}.items()}
     if job.pairs is not None:
         sets = paired_by(job.pairs, sets)
     sets = evened(job, sets, metrics)
@@ -49,27 +100,23 @@ def main() -> None:
     if measured.cut:
         said = f"CLIP sees only the beginning of {measured.cut} of {len(prompts)} prompts."
         about = About(about.settings, [*about.notes, said])
-    findings = analyse(metrics, measured, sets, job.seed)
-    with whole_folder(job.out) as partial:
-        write_report(partial, findings, about, sets, view)
-    sys.stdout.writelines(f"{sentence}\n" for sentence in findings.verdicts)
-    sys.stdout.write(f"{job.out / 'report.html'}\n")
+    return Study(metrics, sets, view, about, measured)
 
 
-def folders(job: EvaluateJob) -> dict[str, Path]:
-    """The sets by their labels, the real one first."""
-    found = {REAL: job.real}
-    for text in job.generated:
+def labelled(texts: Sequence[str]) -> dict[str, Path]:
+    """The folders of generated videos by their labels."""
+    found: dict[str, Path] = {}
+    for text in texts:
         label, equals, folder = text.partition("=")
         if not (label and equals and folder):
             raise UserError(f"--generated '{text}' is not LABEL=DIR, such as tuned=out/tuned.")
-        if label in found:
+        if label == REAL or label in found:
             raise UserError(f"The label '{label}' is taken; give each set one of its own.")
         found[label] = Path(folder)
     return found
 
 
-def evened(job: EvaluateJob, sets: Sets, metrics: list[Metric]) -> Sets:
+def evened(job: VideosJob, sets: Sets, metrics: list[Metric]) -> Sets:
     """As many videos of each set, where a metric depends on it, or where that is asked for."""
     if job.equal_n is None and not any(metric.needs == "sets" for metric in metrics):
         return sets
@@ -90,7 +137,7 @@ def check_pairs(sets: Sets, metrics: list[Metric]) -> None:
             )
 
 
-def size_of(job: EvaluateJob) -> tuple[int, int] | None:
+def size_of(job: VideosJob) -> tuple[int, int] | None:
     """The size that was asked for."""
     if (job.height is None) != (job.width is None):
         raise UserError("Give both --height and --width, or neither (the smallest video decides).")
@@ -101,14 +148,14 @@ def size_of(job: EvaluateJob) -> tuple[int, int] | None:
     return job.height, job.width
 
 
-def prompts_for(job: EvaluateJob, sets: Sets) -> dict[str, str]:
+def prompts_for(job: VideosJob, sets: Sets) -> dict[str, str]:
     """The prompt of every video, where they are needed."""
     if job.prompts is None:
         return {}
     return prompts_of(read_prompts(job.prompts), sets, job.prompts)
 
 
-def describe(job: EvaluateJob, sets: Sets, view: View, metrics: list[Metric]) -> About:
+def describe(job: VideosJob, sets: Sets, view: View, metrics: list[Metric]) -> About:
     """What is compared, and what was done to it."""
     described = {label: describe_set(clips, view) for label, clips in sets.items()}
     settings = {

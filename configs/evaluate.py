@@ -10,13 +10,11 @@ Required = tyro.MISSING
 
 
 @dataclass(frozen=True)
-class EvaluateJob:
-    """Compare folders of generated videos with real ones, and with each other."""
+class VideosJob:
+    """What is measured of which videos, and how they are seen."""
 
     real: Path = Required
     """Folder of real videos."""
-    generated: tuple[str, ...] = Required
-    """Folders of generated videos, each LABEL=DIR: --generated base=out/base tuned=out/tuned."""
     out: Path = Required
     """Folder to write: results.json, results.csv, report.html."""
     metrics: str = "fvd,kvd,lpips,flicker,warping,motion"
@@ -57,3 +55,21 @@ class EvaluateJob:
         if "lpips" not in names:
             found["--lpips"] = "no lpips among --metrics"
         return found
+
+
+@dataclass(frozen=True)
+class EvaluateJob(VideosJob):
+    """Compare folders of generated videos with real ones, and with each other."""
+
+    generated: tuple[str, ...] = Required
+    """Folders of generated videos, each LABEL=DIR: --generated base=out/base tuned=out/tuned."""
+
+
+@dataclass(frozen=True)
+class RanksJob(VideosJob):
+    """Compare adapters of several ranks, each trained with several seeds."""
+
+    runs: tuple[str, ...] = Required
+    """Folders of generated videos, each RANK:SEED=DIR: --runs 4:0=out/r4s0 4:1=out/r4s1 8:0=..."""
+    costs: Path | None = None
+    """JSON lines of what is to stand beside each rank: {"rank": 4, "parameters": 9830400}."""

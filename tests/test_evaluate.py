@@ -205,6 +205,37 @@ def test_what_cannot_be_done_is_one_sentence(folder, words, said):
     assert not (folder / "refused").exists()
 
 
+def ranks(folder, out, *words, code=0):
+    runs = ["4:0=bad", "4:1=bad2", "4:2=bad3", "8:0=good", "8:1=good2", "8:2=good3"]
+    command = ("evaluate.py", "study-ranks", "--real", "real", "--out", out, "--runs", *runs)
+    return call(*command, *words, cwd=folder, code=code)
+
+
+def test_a_study_of_ranks(folder, tmp_path):
+    for label in ("real", "good", "bad"):
+        for copy in ("", "2", "3") if label != "real" else ("",):
+            (tmp_path / (label + copy)).mkdir()
+            for name in NAMES[len(copy) :][:3]:  # of seeds that see other shots
+                shutil.copy(folder / label / f"{name}.mp4", tmp_path / (label + copy))
+    for name in NAMES[3:]:
+        shutil.copy(folder / "real" / f"{name}.mp4", tmp_path / "real")
+    (tmp_path / "costs.jsonl").write_text(
+        '{"rank": 4, "parameters": 10}\n{"rank": 8, "hours": 2}\n'
+    )
+    ranks(tmp_path, "report", "--metrics", "psnr", "--costs", "costs.jsonl")
+    found = json.loads((tmp_path / "report/results.json").read_text())
+    four, eight = (found["psnr"]["ranks"][rank] for rank in ("4", "8"))
+    assert four["high"] < eight["low"] and len(four["runs"]) == four["n"] == 3
+    # Six runs, two ranks, blocks of seeds: the smallest p is 1 / 4.
+    assert found["psnr"]["p_holm"] == found["psnr"]["smallest_p"] == 0.25
+    assert "too few runs to tell the ranks 4, 8 apart" in found["psnr"]["verdict"]
+    html = (tmp_path / "report/report.html").read_text()
+    assert "parameters" in html and "hours" in html and not re.search(r"https?:|url\(", html)
+    (tmp_path / "costs.jsonl").write_text('{"hours": 2}\n')
+    said = ranks(tmp_path, "b", "--metrics", "psnr", "--costs", "costs.jsonl", code=2)
+    assert "costs.jsonl:1 needs a rank of its own" in said
+
+
 def test_labels(folder):
     call_it = lambda *sets: call(  # noqa: E731
         *("evaluate.py", "--real", "real", "--generated", *sets, "--out", "r"), cwd=folder, code=2

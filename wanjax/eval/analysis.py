@@ -4,7 +4,7 @@ What is in pairs is tested in pairs: two sets whose videos have the same names. 
 its interval, every p-value is corrected for the number of all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 
 from wanjax.eval.bootstrap import Mean, bootstrap_distance, bootstrap_mean, by_shot
-from wanjax.eval.distances import frechet, kernel_distance
+from wanjax.eval.distances import Features, frechet, kernel_distance
 from wanjax.eval.measuring import Measured, Sets
 from wanjax.eval.metrics import Metric
 from wanjax.eval.significance import (
@@ -30,6 +30,12 @@ from wanjax.eval.significance import (
 from wanjax.progress import progress_bar
 
 DISTANCES = {"fvd": frechet, "kvd": kernel_distance}
+
+
+def distance_between(name: str, sets: Sets) -> Callable[[Features, Features], float]:
+    """The distance of this name; of pairs, where all sets have the same videos by name."""
+    paired = all(sorted(clips) == sorted(sets[REAL]) for clips in sets.values())
+    return partial(kernel_distance, paired=True) if name == "kvd" and paired else DISTANCES[name]
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,7 @@ class _Sets:
     """Distances between sets of features."""
 
     def __init__(self, name: str, measured: Measured, sets: Sets, seed: int):
-        self._name, self._distance, self._seed = name, DISTANCES[name], seed
-        if name == "kvd" and all(sorted(clips) == sorted(sets[REAL]) for clips in sets.values()):
-            self._distance = partial(kernel_distance, paired=True)
+        self._name, self._distance, self._seed = name, distance_between(name, sets), seed
         self._features = {label: measured.features(label) for label in sets}
         self._shots = {label: [sets[label][n].shot for n in sorted(sets[label])] for label in sets}
         self._names = {label: sorted(sets[label]) for label in sets}

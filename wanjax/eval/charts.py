@@ -62,6 +62,36 @@ def intervals(sets: Mapping, labels: Sequence[str]) -> str:
     return _svg("".join(parts))
 
 
+def by_rank(
+    runs: Mapping[int, Mapping[int, float]], means: Mapping[int, tuple[float, float, float]]
+) -> str:
+    """The runs of each rank, and their mean with its interval, where it has one."""
+    known = [value for of in means.values() for value in of if np.isfinite(value)]
+    low, high = _range([*known, *(value for of in runs.values() for value in of.values())])
+    up, step = _up(low, high), (WIDTH - LEFT - RIGHT) / len(runs)
+    parts = [_frame(), *(_mark_up(value, up(value)) for value in (low, high))]
+    line = []
+    for i, (rank, of_seeds) in enumerate(runs.items()):
+        x, (mean, least, most) = LEFT + (i + 0.5) * step, means[rank]
+        line.append(f"{x:.1f},{up(mean):.1f}")
+        parts += [
+            f'<circle cx="{x - 10:.1f}" cy="{up(value):.1f}" r="3" fill="var(--1)" '
+            f'fill-opacity=".6"><title>seed {seed}: {value:.4g}</title></circle>'
+            for seed, value in of_seeds.items()
+        ]
+        if np.isfinite(least):
+            parts.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{up(least):.1f}" y2="{up(most):.1f}" '
+                'stroke="var(--1)" stroke-width="2"/>'
+            )
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{up(mean):.1f}" r="4.5" fill="var(--1)"/>'
+            f'<text x="{x:.1f}" y="{HEIGHT - BELOW + 16}" text-anchor="middle">rank {rank}</text>'
+        )
+    parts.append(f'<polyline points="{" ".join(line)}" fill="none" stroke="var(--1)"/>')
+    return _svg("".join(parts))
+
+
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0

@@ -112,27 +112,33 @@ def page(
     """The whole file."""
     labels = sorted(settings["sets"], key=lambda label: label == REAL)  # the real ones last
     title = " and ".join(label for label in labels if label != REAL) + " against real videos"
-    parts = [
-        f"<h1>{escape(title[:1].upper() + title[1:])}</h1>",
-        _heading("What can be said", _list(findings.verdicts, "verdicts")),
-        _heading("Values", _table(findings, labels)),
-        _heading("Video by video", _charts(findings, labels)),
-        _heading("Examples", "".join(_example(one, settings["fps"]) for one in examples)),
-        _heading("What was compared", _settings(settings) + _list(notes)),
-    ]
+    parts = {
+        "What can be said": sentence_list(findings.verdicts, "verdicts"),
+        "Values": _table(findings, labels),
+        "Video by video": _charts(findings, labels),
+        "Examples": "".join(_example(one, settings["fps"]) for one in examples),
+        "What was compared": settings_list(settings) + sentence_list(notes),
+    }
+    return document(title[:1].upper() + title[1:], parts)
+
+
+def document(title: str, parts: Mapping[str, str]) -> str:
+    """A file of sections under their headings; empty ones are left out."""
+    sections = "".join(
+        f"<section><h2>{heading}</h2>{content}</section>"
+        for heading, content in parts.items()
+        if content
+    )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
-        f"<body>{''.join(parts)}<script>{SCRIPT}</script></body></html>\n"
+        f"<body><h1>{escape(title)}</h1>{sections}<script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def _heading(text: str, content: str) -> str:
-    return f"<section><h2>{text}</h2>{content}</section>" if content else ""
-
-
-def _list(sentences: Sequence[str], kind: str = "soft") -> str:
+def sentence_list(sentences: Sequence[str], kind: str = "soft") -> str:
+    """A bulleted list."""
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
     return f'<ul class="{kind}">{items}</ul>' if items else ""
 
@@ -202,7 +208,8 @@ def _example(example: Example, fps: float | int) -> str:
     )
 
 
-def _settings(settings: Mapping[str, object]) -> str:
+def settings_list(settings: Mapping[str, object]) -> str:
+    """Settings by name, and then what each set is made of."""
     rows = []
     for key, value in settings.items():
         if key == "sets":

@@ -14,13 +14,11 @@ import json
 import secrets
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from configs import SampleJob, check_preset, command_line, parse_mesh
 from convert.lora import open_lora
@@ -39,7 +37,7 @@ from wanjax.latents import (
     settings_of,
     write_latents,
 )
-from wanjax.lora import LoRA
+from wanjax.lora import LoRA, content
 from wanjax.outputs import require_writable
 from wanjax.pictures import check_pictures, choose_size, read_picture
 from wanjax.pipeline import Conditioned, Pipeline
@@ -196,16 +194,6 @@ def describe_model(pipeline: Pipeline) -> dict[str, Any]:
         "residual": pipeline.residual,
         **({} if pipeline.base == UNQUANTISED else {"base": pipeline.base}),
     }
-
-
-def content(lora: LoRA) -> Iterator[bytes]:
-    """All that an adapter is."""
-    for name, adapter in sorted(lora.layers.items()):
-        yield f"{name} {adapter.down.shape} {adapter.alpha} {adapter.numbers}".encode()
-        yield from (np.ascontiguousarray(x).tobytes() for x in (adapter.down, adapter.up))
-    for name, change in sorted(lora.changes.items()):
-        yield f"{name} {change.values.shape} {change.blocks}".encode()
-        yield np.ascontiguousarray(change.values).tobytes()
 
 
 def describe(video: SampleJob) -> dict[str, Any]:

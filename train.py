@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from grain import DatasetIterator
 from jax.sharding import Mesh
 
 from configs import TrainJob, check_preset, command_line, parse_mesh
+from convert.lora import open_lora
 from wanjax import __version__, lora, work
 from wanjax.checkpoint import (
     RUN_FILE,
@@ -58,12 +60,13 @@ from wanjax.weights import (
 def main() -> None:
     claim_memory()
     keep_programs()
-    preset, job = command_line(lambda preset: preset.train, __doc__)
+    preset, job = command_line(lambda preset: preset.train, __doc__, fixed=fixed_by_adapter)
+    initial, made_by = initial_adapter(job)
     mesh = parse_mesh(job.mesh)
     check_config(job.settings, mesh)
     features = Features.open(job.features)
     check_belongs(features, job)
-    check_model(preset, job, mesh)
+    check_model(preset, job, mesh, initial)
     if job.settings.validate_every:
         features.source("validation")  # or a sentence, now and not at the first validation
     loader = make_loader(
@@ -73,10 +76,10 @@ def main() -> None:
         seed=job.settings.seed,
         data_parallel=1 if mesh is None else mesh.shape["data"],
     )
-    settings = describe(preset, job, features)
+    settings = describe(preset, job, features) | {"init_lora": made_by}
     check_run(job, settings)
     with alone(job.run, "training"), memory_told(job, mesh, features):
-        run(job, mesh, features, loader, settings)
+        run(job, mesh, features, loader, settings, initial)
 
 
 def memory_told(job: TrainJob, mesh: Mesh | None, features: Features) -> AbstractContextManager:
@@ -98,12 +101,13 @@ def run(
     features: Features,
     loader: DatasetIterator[Batch],
     settings: dict,
+    initial: lora.LoRA | None = None,
 ) -> None:
     """All that writes into the run."""
     config = job.settings
     dtype = "float32" if config.train == "full" else config.dtype
     dit = load_network(job.checkpoint, "dit", dtype=parse_dtype(dtype), mesh=mesh, base=config.base)
-    trainer = Trainer(dit, config, mesh)
+    trainer = Trainer(dit, config, mesh, initial)
     write_settings(job.run, settings)
     checkpoints = Checkpoints(job.run, keep=config.keep)
     if checkpoints.latest is not None:
@@ -206,13 +210,54 @@ def outcome(job: TrainJob) -> str:
     )
 
 
-def check_model(preset: str, job: TrainJob, mesh: Mesh | None) -> None:
-    """Refuse, before weights are read, a preset, targets and a mesh that are not for this model."""
+def initial_adapter(job: TrainJob) -> tuple[lora.LoRA | None, str | None]:
+    """The adapter to start from, if any, and a short hash of it. A run that has begun goes on
+    without it, where it is gone."""
+    if job.init_lora is None:
+        return None, None
+    try:
+        found = open_lora(job.init_lora)
+        return found, hash_of(*lora.content(found))
+    except UserError:
+        begun = begun_from(job)
+        if begun is None:
+            raise
+        return None, begun["init_lora"]
+
+
+def begun_from(job: TrainJob) -> dict | None:
+    """The settings of this run, where it has a checkpoint and was started from that adapter."""
+    if not (job.run / RUN_FILE).exists() or latest_step(job.run) is None:
+        return None
+    saved = read_run(job.run)
+    same = saved.get("init_lora") and saved["paths"].get("init_lora") == str(job.init_lora)
+    return saved if same else None
+
+
+def fixed_by_adapter(job: TrainJob) -> tuple[str, dict[str, Any]]:
+    """What --init-lora says of the adapters."""
+    if job.init_lora is None or job.settings.train == "full":
+        return "", {}
+    initial, _ = initial_adapter(job)
+    begun = None if initial is not None else begun_from(job)
+    names = ("rank", "alpha", "targets")
+    settings = {n: begun[n] for n in names} if begun else lora.train_settings(initial)
+    return f"--init-lora {job.init_lora}", settings
+
+
+def check_model(
+    preset: str, job: TrainJob, mesh: Mesh | None, initial: lora.LoRA | None = None
+) -> None:
+    """Refuse, before weights are read, what is not for this model: a preset, targets, a mesh, an
+    adapter to start from."""
     config = read_config(job.checkpoint)["dit"]
     check_preset(preset, job.checkpoint, config)
     if job.settings.train == "lora":
         base = job.settings.base
-        lora.select(abstract_network("dit", config, jnp.bfloat16, base), job.settings.targets)
+        dit = abstract_network("dit", config, jnp.bfloat16, base)
+        lora.select(dit, job.settings.targets)
+        if initial is not None:
+            lora.check_fits(dit, [(initial, 1.0)])
     if mesh is not None:
         check_heads(config.num_heads, mesh.shape["ulysses"])
 
@@ -250,7 +295,11 @@ def describe(preset: str, job: TrainJob, features: Features) -> dict:
         "version": RUN_VERSION,
         "preset": preset,
         "wanjax": __version__,
-        "paths": {"features": str(job.features), "checkpoint": str(job.checkpoint)},
+        "paths": {
+            "features": str(job.features),
+            "checkpoint": str(job.checkpoint),
+            "init_lora": None if job.init_lora is None else str(job.init_lora),
+        },
         "mesh": job.mesh,
         "weights": fingerprint(job.checkpoint, "dit"),
         "features": digest(features),
@@ -261,7 +310,15 @@ def describe(preset: str, job: TrainJob, features: Features) -> dict:
 def digest(features: Features) -> str:
     """A short hash of what the cache holds and of all that it was made from."""
     facts = [asdict(features.spec), features.fingerprint, features.names]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return hash_of(json.dumps(facts, sort_keys=True).encode())
+
+
+def hash_of(*parts: bytes) -> str:
+    """A short hash of all parts."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()[:16]
 
 
 def check_run(job: TrainJob, settings: dict) -> None:

@@ -66,11 +66,14 @@ class TrainJob:
     """Folder of the run: checkpoints, metrics, TensorBoard."""
     mesh: str | None = None
     """Devices, such as data=2,ring=1,ulysses=4; all on one device when left out."""
+    init_lora: Path | None = None
+    """Start a new run from this adapter: a run, RUN@STEP, RUN@best, or an adapter file of any
+    trainer. Rank, alpha and targets are its own."""
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
     def unread(self) -> dict[str, str]:
         """Options that say nothing, each with what makes them so."""
-        of_adapters = ("--rank", "--alpha", "--targets", "--dtype", "--base")
+        of_adapters = ("--rank", "--alpha", "--targets", "--dtype", "--base", "--init-lora")
         return dict.fromkeys(of_adapters, "--train full") if self.settings.train == "full" else {}
 
 

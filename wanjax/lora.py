@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from wanjax.errors import UserError, nearest
+from wanjax.errors import UserError, nearest, some
 from wanjax.nn import STACK, Linear, linears
 from wanjax.precision import matmul_precision
 from wanjax.quantisation import QuantisedKernel
@@ -120,6 +120,16 @@ class LoRA:
     changes: Mapping[str, Change] = field(default_factory=dict)
 
 
+def content(lora: LoRA) -> Iterator[bytes]:
+    """All that an adapter is, to tell it from another."""
+    for name, adapter in sorted(lora.layers.items()):
+        yield f"{name} {adapter.down.shape} {adapter.alpha} {adapter.numbers}".encode()
+        yield from (np.ascontiguousarray(x).tobytes() for x in (adapter.down, adapter.up))
+    for name, change in sorted(lora.changes.items()):
+        yield f"{name} {change.values.shape} {change.blocks}".encode()
+        yield np.ascontiguousarray(change.values).tobytes()
+
+
 def in_a_block(name: str) -> bool:
     """Whether the layer of this name is one of every block, and its name a role."""
     return name in TARGETS["all"]
@@ -169,6 +179,43 @@ def attach(
         down = jax.random.uniform(rngs.params(), shape, jnp.float32, -limit, limit)
         up = jnp.zeros((*lead, rank, d_out), jnp.float32)
         layer.lora = Adapter(down, up, alpha / rank, layer.axes)
+
+
+def train_settings(lora: LoRA) -> dict[str, object]:
+    """Rank, alpha and targets with which training goes on from an adapter.
+
+    Raises `UserError` for one that training here could not have made.
+    """
+    outside = [*(name for name in lora.layers if not in_a_block(name)), *lora.changes]
+    if outside or not lora.layers:
+        raise UserError(
+            "Training goes on from adapters of the blocks only, and this one "
+            f"{'changes ' + some(outside) if outside else 'has none'}; use another adapter, or "
+            "merge this one into the base with `python -m convert lora-merge`."
+        )
+    kinds = {(adapter.rank, adapter.scale) for adapter in lora.layers.values()}
+    if len(kinds) > 1:
+        least = min(rank for rank, _ in kinds)
+        raise UserError(
+            "Training goes on from adapters whose layers have one rank and one alpha, and this one "
+            f"has several; give it one with `python -m convert lora-resize --rank {least}`."
+        )
+    ((rank, scale),) = kinds
+    preset = [name for name, roles in TARGETS.items() if set(roles) == lora.layers.keys()]
+    roles = ",".join(role for role in TARGETS["all"] if role in lora.layers)
+    return {"rank": rank, "alpha": rank * scale, "targets": preset[0] if preset else roles}
+
+
+def start_from(model: nnx.Module, lora: LoRA) -> None:
+    """Give attached adapters the weights of a `LoRA` of the same rank and alpha, in place. Blocks
+    that it does not adapt keep the fresh ones that they have."""
+    for role, layer in linears(model):
+        if role in lora.layers:
+            given = lora.layers[role]
+            blocks = np.asarray(given.numbers)
+            for part in ("down", "up"):
+                variable = getattr(layer.lora, part)
+                variable[...] = variable[...].at[blocks].set(getattr(given, part))
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

@@ -180,13 +180,18 @@ def _matrices(params: nnx.State) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def prepare_model(model: DiT, config: TrainConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """`(graph, trained, frozen)`: adapters attached and split off, or all parameters."""
+def prepare_model(
+    model: DiT, config: TrainConfig, initial: lora.LoRA | None = None
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """`(graph, trained, frozen)`: adapters attached and split off, or all parameters. `initial`
+    has the adapters' first weights (`lora.start_from`)."""
     model.remat, model.residual = config.remat, config.residual
     if config.train == "full":
         return nnx.split(model, nnx.Param, ...)
     rngs = nnx.Rngs(config.seed)
     lora.attach(model, rank=config.rank, alpha=config.alpha, targets=config.targets, rngs=rngs)
+    if initial is not None:
+        lora.start_from(model, initial)
     return lora.split(model)
 
 
@@ -303,11 +308,17 @@ def place_batch(batch: Batch, mesh: Mesh, axes: tuple[str | None, ...] = ("batch
 class Trainer:
     """A run in memory: the split model, the state, and the steps over them."""
 
-    def __init__(self, model: DiT, config: TrainConfig, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        model: DiT,
+        config: TrainConfig,
+        mesh: Mesh | None = None,
+        initial: lora.LoRA | None = None,
+    ):
         check_config(config, mesh)
         self.config = config
         self.mesh = one_device() if mesh is None else mesh
-        self.graph, trained, self.frozen = prepare_model(model, config)
+        self.graph, trained, self.frozen = prepare_model(model, config, initial)
         self.optimizer = make_optimizer(config)
         self.state = initial_train_state(trained, self.optimizer, self.mesh)
         self.step = 0

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from convert.loaders import described as takers_of
 from convert.lora_read import read_foreign
 from convert.lora_write import DTYPES, LAYOUTS, write_lora
 from wanjax.checkpoint import is_native_adapter, load_lora, save_lora
@@ -26,7 +27,8 @@ def convert_lora(
     """
     lora = open_lora(src, skip_unmatched=skip_unmatched)
     write(out, lora, format, dtype)
-    return f"{out}: {describe(lora)}"
+    report = f"{out}: {describe(lora)}"
+    return report if format == "native" else f"{report}\n{takers_of(read_safetensors(out).tensors)}"
 
 
 def write(out: Path, lora: LoRA, format: str, dtype: str) -> None:

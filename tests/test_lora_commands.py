@@ -238,6 +238,7 @@ def test_the_commands_say_what_they_wrote(base, tmp_path, capsys):
     main(["lora-merge", str(base), str(tmp_path / "m"), f"{path}:0.5", str(path)])
     main(["lora-resize", str(path), str(tmp_path / "r.safetensors"), "--rank", "2"])
     out = capsys.readouterr().out
+    assert "\nfor ComfyUI, diffusers, diffusion-pipe; not for musubi-tuner (its conv" in out
     assert "12 layers in 3 blocks, rank 4" in out and "survives the rounding" in out
     assert_same_change(merged_by_us(open_lora(tmp_path / "o.safetensors")), merged(pairs))
     q = (

@@ -1,5 +1,10 @@
 """Adapters put into a model and taken out: what they add, what compiles, and the base's bits."""
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from functools import reduce
 
 import jax
@@ -11,6 +16,7 @@ from flax import nnx
 from convert.dit import rows
 from convert.lora import convert_lora, open_lora
 from tests.adapters import in_family, random_pairs, save
+from tests.scripts import ENVIRONMENT, ROOT
 from tests.tables import from_native, to_native
 from tests.test_lora_families import assert_comfyui_takes
 from tests.toy import SMALL, dit_inputs, toy_dit
@@ -214,3 +220,61 @@ def test_a_pipeline_refuses_adapters_of_another_model_and_keeps_its_own(tmp_path
     with pytest.raises(UserError, match="strength=nan"):
         pipeline.set_adapters([(good, float("nan"))])
     assert pipeline.loras == ((good, 1.0),)
+
+
+ON_A_MESH = """
+import json, sys
+import jax, numpy as np
+from convert.lora import open_lora
+from tests.toy import dit_inputs
+from wanjax import Pipeline
+from wanjax.lora import adaptable
+from wanjax.sharding import make_mesh
+from wanjax.weights import parameters
+
+lora, given, found = open_lora(sys.argv[2]), dit_inputs(batch=2), {}
+for name, sizes in (("one", None), ("mesh", {"data": 2, "ulysses": 4})):
+    mesh = None if sizes is None else make_mesh(**sizes)
+    pipeline = Pipeline.load(sys.argv[1], dtype="float32", mesh=mesh)
+    run = jax.jit(lambda model, *given: model(*given))
+    bits = lambda: [np.asarray(v[...]).tobytes() for v in parameters(pipeline.dit).values()]
+    with pipeline.on_mesh():
+        first = bits()
+        outputs = []
+        for loras in ([], [(lora, 1.0)], [(lora, 0.5), (lora, -0.2)], []):
+            pipeline.set_adapters(loras)
+            outputs.append(np.asarray(run(pipeline.dit, *given)))
+            if loras:
+                down = adaptable(pipeline.dit)["self_attn.q"].lora.down[...]
+        found[name] = outputs, down.addressable_shards[0].data.size / down.size
+        assert bits() == first and run._cache_size() == 2, run._cache_size()
+(one, _), (split, share) = found["one"], found["mesh"]
+error = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(split, one)]
+print(json.dumps({"error": error, "share": share,
+    "effect": float(np.abs(one[1] - one[0]).max()), "back": bool((split[3] == split[0]).all())}))
+"""
+
+
+def test_on_a_mesh_adapters_lie_where_their_layers_lie_and_do_the_same(tmp_path):
+    """On eight devices: pairs, norms and biases, other strengths without another program, and the
+    base's bits at the end. A process of its own, as the devices must be there before JAX starts."""
+    save_native(tmp_path / "ck", {"dit": toy_dit(dim=64, num_heads=8)})
+    pairs = random_pairs(replace(SMALL, dim=64), layers=("self_attn.q", "ffn.0"))
+    tensors = in_family("comfyui", pairs)
+    for key, shape in (("blocks.1.norm3.diff", 64), ("blocks.2.diff_m", (1, 6, 64))):
+        change = np.random.default_rng(1).standard_normal(shape, np.float32)
+        tensors[f"diffusion_model.{key}"] = change
+    path = save(tmp_path / "a.safetensors", tensors)
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "64"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_MESH, str(tmp_path / "ck"), str(path)],
+        env=os.environ | ENVIRONMENT | flags,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert max(found["error"]) <= 1e-5 and found["effect"] > 0.01 and found["back"]
+    assert found["share"] == 1 / 8

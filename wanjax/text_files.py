@@ -46,13 +46,18 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path}:{number}", _object(line, f"{path}:{number}")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The one JSON object that a file holds. Raises `UserError` as `read_objects` does."""
+    return _object(read_text(path), str(path), "take the whole file, as it was written")
+
+
 def whole_characters(text: str) -> str:
     """Halves of characters (lone surrogates) replaced by U+FFFD, two that belong together joined:
     what a command line gives for bytes that are no UTF-8."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
+def _object(line: str, where: str, remedy: str = "write one object a line") -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         for key in keys:
@@ -85,7 +90,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
             f"{where} holds half of a character ({half}); write the whole one, or leave it out."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}); write one object a line.") from error
+        raise UserError(f"{where} is not JSON ({error}); {remedy}.") from error
     if not isinstance(found, dict):
         raise UserError(f"{where} is not a JSON object; write {{...}} with keys and values.")
     return found

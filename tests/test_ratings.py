@@ -107,7 +107,7 @@ def test_windows_of_a_shot_count_once():
     """The same answers, four times: as windows of a shot they say no more than once."""
     once, fourfold = study_of(8), study_of(32, windows=4)
     rng = np.random.default_rng(0)
-    a, b = rng.integers(1, 5, (2, 8))
+    a, b = rng.permuted(np.tile(np.arange(1, 6), (8, 1)), axis=1)[:, :2].T
     single = analyse_ratings(once, [visit_of(once, "r", a, b)])
     again = analyse_ratings(fourfold, [visit_of(fourfold, "r", a.repeat(4), b.repeat(4))])
     for question in QUESTIONS:

@@ -18,7 +18,7 @@ from wanjax.tensor_files import DTYPES
 _DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}
 
 _OPTIONS = ("--dtype", "--only", "--format", "--from", "--delete-source", "--skip-unmatched")
-_OPTIONS += ("--rank", "--help")
+_OPTIONS += ("--for", "--rank", "--help")
 
 _EXAMPLES = f"""\
 examples:

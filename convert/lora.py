@@ -7,8 +7,10 @@ from convert.lora_read import read_foreign
 from convert.lora_write import DTYPES, LAYOUTS, write_lora
 from wanjax.checkpoint import is_native_adapter, load_lora, save_lora
 from wanjax.errors import UserError, nearest
-from wanjax.lora import LoRA
+from wanjax.lora import LoRA, check_fits, only_for
+from wanjax.models.dit import DiTConfig
 from wanjax.tensor_files import read_safetensors
+from wanjax.weights import abstract_network, read_config
 
 FORMATS = (*LAYOUTS, "native")
 
@@ -20,15 +22,32 @@ def convert_lora(
     dtype: str = "float32",
     *,
     skip_unmatched: bool = False,
+    model: Path | None = None,
 ) -> str:
     """Read a run or an adapter file, write one of another kind, and say what was done.
 
+    With `model`, a native folder, an adapter that does not fit it is refused; what it has not is
+    left out with `skip_unmatched`.
     `dtype` is that of a foreign file; fp32 gives the very same output as the adapter it came from.
     """
     lora = open_lora(src, skip_unmatched=skip_unmatched)
+    left_out: list[str] = []
+    if model is not None:
+        dit = abstract_network("dit", _config_of(model), "float32")
+        if skip_unmatched:
+            lora, left_out = only_for(dit, lora)
+        check_fits(dit, [(lora, 1.0)])
     write(out, lora, format, dtype)
     report = f"{out}: {describe(lora)}"
+    report += f"\nleft out: {', '.join(left_out)}" if left_out else ""
     return report if format == "native" else f"{report}\n{takers_of(read_safetensors(out).tensors)}"
+
+
+def _config_of(model: Path) -> DiTConfig:
+    configs = read_config(model)
+    if "dit" not in configs:
+        raise UserError(f"{model} holds no dit; convert the checkpoint again, with it.")
+    return configs["dit"]
 
 
 def write(out: Path, lora: LoRA, format: str, dtype: str) -> None:

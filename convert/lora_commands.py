@@ -36,6 +36,14 @@ def add(command: Command) -> None:
         action="store_true",
         help="leave out what is of no layer of Wan2.1 (a text encoder's), which is refused else",
     )
+    lora.add_argument(
+        "--for",
+        dest="model",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="refuse what does not fit the model of this native folder; with --skip-unmatched, "
+        "what it has not (an image branch) is left out",
+    )
     info = command("lora-info", "Say what an adapter does to which layers, and who would take it.")
     info.add_argument("src", type=Path, metavar="SRC", help=_SRC)
 
@@ -83,8 +91,8 @@ def run(args: argparse.Namespace) -> str:
     if args.command == "lora":
         from convert.lora import convert_lora
 
-        skip = args.skip_unmatched
-        return convert_lora(args.src, args.out, args.format, args.dtype, skip_unmatched=skip)
+        asked = {"skip_unmatched": args.skip_unmatched, "model": args.model}
+        return convert_lora(args.src, args.out, args.format, args.dtype, **asked)
     if args.command == "lora-info":
         from convert.lora_info import lora_info
 

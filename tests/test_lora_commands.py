@@ -252,3 +252,23 @@ def test_the_commands_say_what_they_wrote(base, tmp_path, capsys):
     convert_lora(tmp_path / "r.safetensors", tmp_path / "n.safetensors", "native")
     main(["lora-info", str(tmp_path / "n.safetensors")])
     assert "36 adapted matrices, in 3 blocks" in capsys.readouterr().out
+
+
+def test_what_a_model_has_not_is_left_out_only_when_asked(base, tmp_path, capsys):
+    """An adapter of an image-to-video model, for a text-to-video one."""
+    save_native(tmp_path / "t2v", {"dit": toy_dit(image_dim=None, in_channels=16)})
+    pairs = random_pairs(SMALL)
+    norm = {"lora_unet_blocks_0_cross_attn_norm_k_img.diff": np.ones(48, np.float32)}
+    path = save(tmp_path / "a.safetensors", in_family("musubi", pairs) | norm)
+    words = ["lora", str(path), str(tmp_path / "o.safetensors"), "--for", str(tmp_path / "t2v")]
+    with pytest.raises(UserError, match="it adapts 'cross_attn.k_img', which this one has not"):
+        main(words)
+    main([*words, "--skip-unmatched"])
+    said = capsys.readouterr().out
+    assert (
+        "left out: blocks.cross_attn.norm_k_img.scale, cross_attn.k_img, cross_attn.v_img" in said
+    )
+    kept = {key: change for key, change in merged(pairs).items() if "_img" not in key[1]}
+    assert_same_change(merged_by_us(open_lora(tmp_path / "o.safetensors")), kept)
+    main(["lora", str(path), str(tmp_path / "p.safetensors"), "--for", str(base)])
+    assert "\nleft out: " not in capsys.readouterr().out

@@ -288,6 +288,16 @@ def check_fits(model: nnx.Module, loras: Sequence[tuple[LoRA, float]]) -> None:
             _check_change(name, change, parameters)
 
 
+def only_for(model: nnx.Module, lora: LoRA) -> tuple[LoRA, list[str]]:
+    """The adapter without what this model has not, such as an image branch, and those names.
+    What is left may still not fit."""
+    layers, parameters = adaptable(model), {name for name, _ in parameters_of(model)}
+    kept = {name: x for name, x in lora.layers.items() if name in layers}
+    changes = {name: x for name, x in lora.changes.items() if name in parameters}
+    out = (lora.layers.keys() - kept.keys()) | (lora.changes.keys() - changes.keys())
+    return LoRA(kept, lora.metadata, changes), sorted(out)
+
+
 def _check_layer(name: str, adapter: LayerAdapter, layers: Mapping[str, Linear]) -> None:
     if name not in layers:
         raise _of_another(f"it adapts '{name}', which this one has not", nearest(name, layers))

@@ -27,7 +27,7 @@ def scatter(a: Mapping[str, float], b: Mapping[str, float], name_a: str, name_b:
     )
     marks = "".join(_mark_up(v, up(v)) for v in (low, high))
     marks += "".join(
-        f'<text x="{across(v):.1f}" y="{HEIGHT - BELOW + 14}" text-anchor="{anchor}">{v:.3g}</text>'
+        f'<text x="{across(v):.1f}" y="{HEIGHT - BELOW + 14}" text-anchor="{anchor}">{v:.4g}</text>'
         for v, anchor in ((low, "start"), (high, "end"))
     )
     return _svg(_frame() + line + points + titles + marks)
@@ -107,7 +107,7 @@ def _up(low: float, high: float):
 
 
 def _mark_up(value: float, y: float) -> str:
-    return f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+    return f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, dashes: str) -> str:

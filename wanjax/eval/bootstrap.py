@@ -3,7 +3,7 @@
 The unit is the shot: its windows are alike, so that they are drawn together, or averaged first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,8 +55,8 @@ def bootstrap_distance(
     this number of clips: a distance that would come out lower of more clips stays so.
     """
     value = distance(*sets)
-    rng = np.random.default_rng(seed)
-    drawn = [distance(*_drawn_anew(sets, shots, rng)) for _ in range(draws)]
+    rng, rows = np.random.default_rng(seed), [_rows(labels) for labels in shots]
+    drawn = [distance(*_drawn_anew(sets, rows, rng)) for _ in range(draws)]
     low, high = interval(np.asarray(drawn) - np.median(drawn) + value, confidence)
     return Mean(float(value), low, high)
 
@@ -72,9 +72,9 @@ def by_shot(
 
 
 def _drawn_anew(
-    sets: Sequence[np.ndarray], shots: Sequence[Sequence[str]], rng: np.random.Generator
+    sets: Sequence[np.ndarray], rows: Sequence[Mapping[str, np.ndarray]], rng: np.random.Generator
 ) -> list[np.ndarray]:
-    rows = [_rows(labels) for labels in shots]
+    """Whole shots of each set, whose `rows` are given by shot."""
     names = [sorted(of_set) for of_set in rows]
     together = all(other == names[0] for other in names)
     choices = [rng.choice(len(names[0]), len(names[0]))] if together else []

@@ -2,8 +2,8 @@
 
 The true programs are compiled for the target, which need not be here, with the options of train.py,
 sample.py or encode.py: memory and bytes on the wire are the compiler's. Without --mesh the meshes
-that make sense are tried and the best is planned. It takes seconds for GPUs and minutes for TPUs,
-in an environment of its own: `make plan-env`, then `.venv-plan/bin/python plan.py ...`.
+that make sense are tried and the best is planned. It takes seconds to a minute for GPUs and minutes
+for TPUs, in an environment of its own: `make plan-env`, then `.venv-plan/bin/python plan.py ...`.
 docs/planning.md has a table of the common cases.
 """
 
@@ -32,7 +32,7 @@ from wanjax.planning.plans import PHASES, Plan, Request, meshes, plan
 from wanjax.planning.report import as_json, describe, title, verdict, where
 from wanjax.planning.targets import Target, parse_target
 from wanjax.progress import phase
-from wanjax.sharding import check_heads, make_mesh
+from wanjax.sharding import check_heads, check_rows, make_mesh
 from wanjax.training import check_config
 
 
@@ -42,10 +42,10 @@ def main() -> None:
     request = request_of(preset, job)
     check_size(request.frames, request.height, request.width)
     for path in (job.json, job.hlo):
-        if path is not None:
-            require_writable(path)
+        check_place(path)
     target = parse_target(job.target)
     axes = chosen_axes(job, request, target)
+    check_mesh(request, target, axes)
     found = planned(job, request, target, axes)
     sys.stdout.write(describe(found))
     if job.json is not None:
@@ -58,9 +58,9 @@ def main() -> None:
 def chosen_axes(job: PlanJob, request: Request, target: Target) -> dict[str, int]:
     """The mesh that was asked for, or the best of those that make sense."""
     if job.mesh is not None:
-        axes = parse_axes(job.mesh)
-        check_mesh(request, target, axes)
-        return axes
+        return parse_axes(job.mesh)
+    if request.job == "train":
+        check_config(request.settings)
     candidates = meshes(request, len(target.devices))
     if len(candidates) == 1:
         return candidates[0]
@@ -79,6 +79,17 @@ def check_mesh(request: Request, target: Target, axes: dict[str, int]) -> None:
     check_heads(request.dit.num_heads, mesh.shape["ulysses"])
     if request.job == "train":
         check_config(request.settings, mesh)
+    if request.job == "sample":
+        check_rows(request.rows, mesh, "A video")
+
+
+def check_place(path: Path | None) -> None:
+    """Refuse, before anything is compiled, a file that could not be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it.")
+    require_writable(path)
 
 
 def planned(job: PlanJob, request: Request, target: Target, axes: dict[str, int]) -> Plan:

@@ -55,10 +55,12 @@ PER_VIDEO = frozenset(
     ["image", "last_image", "prompt", "negative_prompt", "out", "seed", "frames"]
     + ["height", "width", "steps", "guidance", "shift", "solver", "lora"]
 )
-REMEDY = (
-    "use --branches in-turn, a quantised --base, --residency host, fewer --frames, a smaller size "
-    "or more devices (--mesh)"
-)
+SMALLER = "fewer --frames, a smaller size or more devices (--mesh)"
+REMEDY = {
+    "encode": f"use --residency host, {SMALLER}",
+    "denoise": f"use --branches in-turn, a quantised --base, --residency host, {SMALLER}",
+    "decode": f"use --residency host, {SMALLER}",
+}
 MAKES_LATENTS = PER_VIDEO - {"out", "lora"} | {"area", "sigmas", "preprocess"}
 
 NOT_IN_A_VIDEO = frozenset(
@@ -233,7 +235,7 @@ def memory_told(
     if height and width:  # else the picture decides, which was still to be read
         size, known = f" of {width}x{height}", nearest_row(phase, frames, height, width, mesh.size)
     doing = {"encode": "encoding", "denoise": "denoising", "decode": "decoding"}[phase]
-    return memory_explained(f"{doing} {frames} frames{size}", mesh, known, REMEDY)
+    return memory_explained(f"{doing} {frames} frames{size}", mesh, known, REMEDY[phase])
 
 
 def keep(path: Path, latents: Latents, settings: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ class PlanEncode(EncodeJob, PlanOptions):
     data: Path | None = None
     """As for encode.py; not looked at."""
     checkpoint: Path | None = None
-    """Whose model it is; the preset's when left out."""
+    """Whose model it is, where it exists; else the preset's."""
     out: Path | None = None
     """As for encode.py; not looked at."""
 
@@ -58,9 +58,9 @@ class PlanTrain(TrainJob, PlanOptions):
     """Plan train.py."""
 
     features: Path | None = None
-    """Whose windows they are; else --frames and a size."""
+    """Whose windows they are, where it exists; else --frames and a size."""
     checkpoint: Path | None = None
-    """Whose model it is; the preset's when left out."""
+    """Whose model it is, where it exists; else the preset's."""
     run: Path | None = None
     """As for train.py; not looked at."""
     frames: int = 33
@@ -75,7 +75,7 @@ class PlanTrain(TrainJob, PlanOptions):
     def unread(self) -> dict[str, str]:
         """Options that say nothing, each with what makes them so."""
         found = super().unread()
-        if self.features is not None:
+        if self.features is not None and self.features.exists():
             sizes = ("--frames", "--area", "--height", "--width")
             found |= dict.fromkeys(sizes, "--features")
         return found | ({} if self.height is None else {"--area": "--height"})
@@ -86,7 +86,7 @@ class PlanSample(SampleJob, PlanOptions):
     """Plan sample.py."""
 
     checkpoint: Path | None = None
-    """Whose model it is; the preset's when left out."""
+    """Whose model it is, where it exists; else the preset's."""
 
 
 PlanJob = PlanEncode | PlanTrain | PlanSample
@@ -122,7 +122,8 @@ def request_of(preset: str, job: PlanJob) -> Request:
         raise UserError(
             f"{job.job} has no phase '{job.phase}'{nearest(job.phase, PHASES[job.job])}"
         )
-    networks = ARCHITECTURES[preset] if job.checkpoint is None else read_config(job.checkpoint)
+    here = job.checkpoint is not None and job.checkpoint.exists()
+    networks = read_config(job.checkpoint) if here else ARCHITECTURES[preset]
     frames, height, width = size_of(job, networks)
     common = {"networks": networks, "frames": frames, "height": height, "width": width}
     if isinstance(job, PlanTrain):
@@ -136,13 +137,14 @@ def request_of(preset: str, job: PlanJob) -> Request:
         residual=job.residual,
         dtype=job.dtype,
         base=job.base,
+        residency=job.residency,
         **common,
     )
 
 
 def size_of(job: PlanJob, networks: dict) -> tuple[int, int, int]:
     """Frames, height and width."""
-    if isinstance(job, PlanTrain) and job.features is not None:
+    if isinstance(job, PlanTrain) and job.features is not None and job.features.exists():
         t, h, w, _ = Features.open(job.features).spec.latents
         time, height, width = networks["vae"].stride
         return time * (t - 1) + 1, height * h, width * w

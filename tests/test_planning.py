@@ -24,11 +24,12 @@ from wanjax.planning.plans import (
     Request,
     Seconds,
     asked_for,
+    link_of,
     memory_of,
     meshes,
     plan,
 )
-from wanjax.planning.report import as_json, describe, verdict
+from wanjax.planning.report import _digits, as_json, describe, verdict
 from wanjax.planning.targets import Target
 from wanjax.sharding import one_device
 from wanjax.training import TrainConfig
@@ -109,7 +110,7 @@ def test_the_largest_phase_decides():
 def test_a_compiler_that_gave_up_is_a_plan_that_does_not_fit():
     gave_up = PhasePlan(None, 1.0, None, Seconds(None, None, None), too_large=7 * GIB)
     found = Plan(Request("sample", NANO, **SMALL), CPU, {}, {"denoise": gave_up})
-    assert found.fits is False and "7.0 GiB" in verdict(found)
+    assert found.fits is False and "7.00 GiB" in verdict(found)
     assert as_json(found)["memory_per_device"]["total"] == 7 * GIB
     assert "over 7.00" in describe(found)
 
@@ -240,3 +241,50 @@ def test_the_table_stands_on_the_page():
         held = row.peak + (row.idle or 0)
         assert row.fits == (row.idle is not None and held <= row.capacity), row.key
         assert row.capacity == chip.capacity
+
+
+def test_a_batch_becomes_turns_before_anything_is_lost():
+    settings = replace(SETTINGS, batch=8, accumulate=2)
+    request = Request("train", NANO, **SMALL, settings=settings)
+    option, first = next(iter(changes(request, "train", 2)))
+    assert option == "--batch 2 --accumulate 8"
+    assert first.settings.batch * first.settings.accumulate == 16 and first.rows == 2
+
+
+def test_a_portrait_stays_one():
+    request = Request("sample", NANO, 17, 1280, 720)
+    *_, (option, last) = changes(request, "decode")
+    assert option == "--height 832 --width 480" and last.height > last.width
+
+
+def test_all_phases_of_the_nearest_fit_on_a_mesh_that_takes_its_rows():
+    request = Request("sample", NANO, 17, 64, 64)
+    target = Target("some", None, tuple(jax.devices()[:1]) * 2)
+    start = Plan(request, target, {"data": 2, "ring": 1, "ulysses": 1}, phases(denoise=120))
+    start = replace(start, phases=start.phases | phases(decode=110))
+
+    def compiles(asked, target, axes, names):
+        assert asked.rows % axes["data"] == 0
+        sizes = {"denoise": 50, "decode": 50 if asked.base == "nf4" else 105}
+        return Plan(asked, target, dict(axes), phases(**{name: sizes[name] for name in names}))
+
+    near = nearest_that_fits(start, compiles)
+    assert near.plan.fits and near.plan.request.base == "nf4"
+    assert "--branches in-turn" in near.options and "--mesh data=1" in near.options
+
+
+@pytest.mark.compiles
+def test_muon_is_planned_too(quickly):
+    settings = replace(SETTINGS, train="full", optimizer="muon", remat="none")
+    found = plan(Request("train", NANO, **SMALL, settings=settings), CPU, {"data": 1})
+    assert found.phases["train"].memory.total > 0
+
+
+def test_gpus_of_several_hosts_send_at_the_speed_between_them():
+    assert link_of(CHIPS["h100"], 8) == 450e9 > link_of(CHIPS["h100"], 16)
+    assert link_of(CHIPS["v6e"], 256) == CHIPS["v6e"].link
+
+
+@pytest.mark.parametrize("value, said", [(0, "0"), (0.01234, "0.0123"), (1.5, "1.50"), (52.43, "52.4"), (1234.5, "1,234")])  # fmt: skip # noqa: E501
+def test_three_digits(value, said):
+    assert _digits(value) == said

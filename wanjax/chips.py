@@ -13,6 +13,8 @@ GPU_FRACTION = 0.92
 """The share of a GPU's memory that the scripts ask JAX for, unless the user sets another."""
 FP32_REACHED = 0.45
 """The share of `fp32` that the VAE reaches: measured on an H100, assumed for all."""
+HOST_LINK = 50e9
+"""Bytes/s of one GPU to those of other hosts: 400 Gbit/s, assumed."""
 RESERVE = GIB // 2
 """Bytes of a device left for what no program counts: code, the next batch, gaps."""
 

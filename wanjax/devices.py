@@ -22,7 +22,9 @@ _OF_THE_USER = (
 )
 # As GPUs and CPUs say it, and as TPUs do.
 _OUT = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
-_ASKED = re.compile(r"(?:allocat\w*[^0-9]{0,20}|capacity by )([\d.]+) ?([KMGT]i?B?|bytes)")
+_ASKED = re.compile(
+    r"(?:allocat\w*[^0-9]{0,20}|capacity by )(\d+(?:\.\d+)?)\.? ?([KMGT]i?B?|bytes)"
+)
 
 
 def claim_memory() -> None:

@@ -28,6 +28,7 @@ from wanjax.errors import UserError
 from wanjax.remat import named, naming_residuals
 
 # On accelerators the reference takes up to so many tokens: its many small products waste a chip.
+# A single head, as that of a picture in the VAE, is little work at any length.
 REFERENCE_LIMIT = 16_384
 LANES = 128  # splash works on heads and blocks that are multiples of this
 Output = tuple[Float[Array, "B N K E"], Float[Array, "B N K"]]
@@ -107,8 +108,8 @@ def _cudnn_takes(query: jax.Array) -> bool:
 
 def _reference_may(query: jax.Array, platform: str | None) -> jax.Array:
     """The query, or a `UserError` where the reference would waste an accelerator."""
-    _, length, _, head_size = query.shape
-    if platform == "cpu" or length <= REFERENCE_LIMIT:
+    _, length, heads, head_size = query.shape
+    if platform == "cpu" or length <= REFERENCE_LIMIT or heads == 1:
         return query
     what = f"Attention of {length:,} tokens with heads of {head_size} in {query.dtype.name}"
     if platform is None:

@@ -1,12 +1,12 @@
 """What to change where a plan does not fit: first what costs time alone, then precision, then size.
 
-Each change is kept and the next is added, until the phase that was too large fits.
+Each change is kept and the next is added, until every phase fits.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from wanjax.planning.plans import Phase, Plan, Request
+from wanjax.planning.plans import Phase, Plan, Request, meshes
 from wanjax.planning.targets import Target
 
 Compile = Callable[[Request, Target, Mapping[str, int], tuple[Phase, ...]], Plan]
@@ -23,45 +23,61 @@ class Near:
 
 
 def nearest_that_fits(found: Plan, compile_: Compile) -> Near | None:
-    """The first of the changes after which the largest phase fits; None where none helps."""
+    """The first of the changes after which all fits; None where none helps."""
     name, said = found.largest, []
-    for option, request in changes(found.request, name):
+    rest = tuple(other for other in found.phases if other != name)
+    for option, changed in changes(found.request, name, found.mesh.get("data", 1)):
         said.append(option)
-        tried = compile_(request, found.target, found.mesh, (name,))
+        axes = _mesh_for(changed, found)
+        tried = compile_(changed, found.target, axes, (name,))
+        if tried.fits and rest:
+            others = compile_(changed, found.target, axes, rest)
+            tried = replace(tried, phases=tried.phases | others.phases)
         if tried.fits:
+            if axes != found.mesh:
+                said.append("--mesh " + ",".join(f"{axis}={n}" for axis, n in axes.items()))
             return Near(" ".join(_last_of_each(said)), tried)
     return None
 
 
-def changes(request: Request, phase: str) -> Iterator[tuple[str, Request]]:
-    """Ever smaller requests, each with the option that makes it from the one before."""
-    if phase == "train":
-        yield from _of_training(request)
-        *_, (_, request) = [("", request), *_of_training(request)]
-    elif phase == "denoise":
-        yield from _of_sampling(request)
-        *_, (_, request) = [("", request), *_of_sampling(request)]
+def _mesh_for(request: Request, found: Plan) -> Mapping[str, int]:
+    """The mesh of before, or another where its `data` no longer divides the rows."""
+    if request.rows % found.mesh.get("data", 1) == 0:
+        return found.mesh
+    return meshes(request, len(found.target.devices))[0]
+
+
+def changes(request: Request, phase: str, data: int = 1) -> Iterator[tuple[str, Request]]:
+    """Ever smaller requests, each with the option that makes it from the one before; on a mesh of
+    so many rows at once."""
+    by_phase = {"train": _of_training(request, data), "denoise": _of_sampling(request)}
+    for option, request in by_phase.get(phase, ()):  # noqa: B020 the last one goes on below
+        yield option, request
     yield from _of_size(request)
 
 
-def _of_training(request: Request) -> Iterator[tuple[str, Request]]:
-    def having(name: str, value: object) -> tuple[str, Request]:
+def _of_training(request: Request, data: int) -> Iterator[tuple[str, Request]]:
+    def having(**values: object) -> tuple[str, Request]:
         nonlocal request
-        settings = replace(request.settings, **{name: value})
+        settings = replace(request.settings, **values)
         request = replace(request, settings=settings, base=settings.base)
-        return f"--{name} {value}", request
+        return " ".join(f"--{name} {value}" for name, value in values.items()), request
 
     settings = request.settings
+    if settings.batch > data:
+        yield having(batch=data, accumulate=settings.accumulate * settings.batch // data)
     if settings.remat in ("none", "save_attention"):
-        yield having("remat", "full")
+        yield having(remat="full")
+    if settings.train == "lora" and settings.dtype == "float32":
+        yield having(dtype="bfloat16")
     if settings.residual == "float32":
-        yield having("residual", "bfloat16")
+        yield having(residual="bfloat16")
     if settings.train == "lora" and settings.base == "bfloat16":
-        yield having("base", "int8")
+        yield having(base="int8")
     if settings.remat != "offload":
-        yield having("remat", "offload")
+        yield having(remat="offload")
     if settings.train == "lora" and settings.base != "nf4":
-        yield having("base", "nf4")
+        yield having(base="nf4")
 
 
 def _of_sampling(request: Request) -> Iterator[tuple[str, Request]]:
@@ -70,13 +86,18 @@ def _of_sampling(request: Request) -> Iterator[tuple[str, Request]]:
         request = replace(request, **{name: value})
         return f"--{name} {value}", request
 
+    if request.residency == "stay":
+        yield having("residency", "auto")
     if request.guided and request.branches == "together":
         yield having("branches", "in-turn")
+    if request.dtype == "float32":
+        yield having("dtype", "bfloat16")
     if request.residual == "float32":
         yield having("residual", "bfloat16")
-    for base in ("int8", "nf4"):
-        if request.base not in (base, "nf4"):
-            yield having("base", base)
+    if request.base == "bfloat16":
+        yield having("base", "int8")
+    if request.base != "nf4":
+        yield having("base", "nf4")
 
 
 def _of_size(request: Request) -> Iterator[tuple[str, Request]]:
@@ -84,7 +105,7 @@ def _of_size(request: Request) -> Iterator[tuple[str, Request]]:
         if frames < request.frames:
             request = replace(request, frames=frames)
             yield f"--frames {frames}", request
-    height, width = SMALLER
+    height, width = SMALLER if request.height <= request.width else SMALLER[::-1]
     if request.height * request.width > height * width:
         yield (
             f"--height {height} --width {width}",

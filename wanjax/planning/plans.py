@@ -16,13 +16,13 @@ import jax
 from jax.sharding import Mesh
 
 from wanjax import work
-from wanjax.chips import FP32_REACHED, Chip
+from wanjax.chips import FP32_REACHED, HOST_LINK, Chip
 from wanjax.models import Config
 from wanjax.models.dit import DiTConfig
 from wanjax.planning import traces, wire
-from wanjax.planning.targets import Target
+from wanjax.planning.targets import GPUS_IN_A_HOST, Target
 from wanjax.planning.traces import Grid, Program
-from wanjax.residency import staying
+from wanjax.residency import Residency, staying
 from wanjax.sharding import make_mesh
 from wanjax.training import TrainConfig
 from wanjax.weights import device_bytes
@@ -59,6 +59,7 @@ class Request:
     residual: str = "float32"
     dtype: str = "bfloat16"
     base: str = "bfloat16"
+    residency: Residency = "auto"
 
     @property
     def dit(self) -> DiTConfig:
@@ -184,12 +185,16 @@ def meshes(request: Request, devices: int) -> list[dict[str, int]]:
     return sorted(found, key=lambda axes: (axes["ring"], -axes["data"]))
 
 
+def _forget(name: str, compiled: jax.stages.Compiled) -> None:
+    """Keep nothing of a program."""
+
+
 def plan(
     request: Request,
     target: Target,
     axes: Mapping[str, int],
     phases: tuple[Phase, ...] | None = None,
-    keep: Callable[[str, jax.stages.Compiled], None] = lambda name, compiled: None,
+    keep: Callable[[str, jax.stages.Compiled], None] = _forget,
 ) -> Plan:
     """Compile every phase for the target, on a mesh of these axes; `keep` gets each program."""
     mesh = make_mesh(**axes, devices=target.devices)
@@ -203,10 +208,10 @@ def _phase(
 ) -> PhasePlan:
     """Of a phase of several programs the largest memory, and the sums of all else."""
     others = _others(request, chip, mesh, name)
-    parts = [
-        _part(request, chip, mesh, name, program, others, keep)
-        for program in _programs(request, mesh, name)
-    ]
+    parts = []
+    for program in _programs(request, mesh, name):
+        parts.append(_part(request, chip, mesh, name, program, others, keep))
+        keep = _forget  # the first program is the phase's own
     largest = max(parts, key=_size)
     if len(parts) == 1:
         return largest
@@ -233,7 +238,7 @@ def _part(
         wanted = asked_for(str(error))
         if wanted is None:
             raise
-        return PhasePlan(None, flops, None, Seconds(None, None, None), too_large=wanted + others)
+        return PhasePlan(None, flops, None, Seconds(None, None, None), too_large=wanted)
     keep(name, compiled)
     capacity = None if chip is None else chip.capacity
     memory = memory_of(compiled.memory_analysis(), program.idle() + others, capacity)
@@ -330,7 +335,8 @@ def _others(request: Request, chip: Chip | None, mesh: Mesh, name: Phase) -> int
     needed = {network for network in NEEDS[name] if network in sizes}
     order = PHASES[request.job][: PHASES[request.job].index(name)]
     before = {network for phase in order for network in NEEDS[phase]} & sizes.keys()
-    here = staying(before, needed, sizes.__getitem__, chip.granted)
+    memory = {"auto": chip.granted, "stay": None}.get(request.residency, 0)
+    here = staying(before, needed, sizes.__getitem__, memory)
     return sum(sizes[network] for network in here - needed)
 
 
@@ -340,14 +346,20 @@ def _seconds(
 ) -> Seconds:  # fmt: skip
     if chip is None:
         return Seconds(None, None, None)
-    in_fp32 = name in ("encode", "decode")
+    dtype = request.settings.dtype if name == "train" else request.dtype
+    in_fp32 = name in ("encode", "decode") or dtype == "float32"
     rate = chip.fp32 * FP32_REACHED if in_fp32 else chip.flops * chip.reached
     moved = None if memory is None else memory.arguments + _activations(request, name) / mesh.size
     return Seconds(
         compute=flops / mesh.size / rate,
         memory=None if moved is None else moved / chip.bandwidth,
-        network=None if sent is None else sum(sent.values()) / chip.link,
+        network=None if sent is None else sum(sent.values()) / link_of(chip, mesh.size),
     )
+
+
+def link_of(chip: Chip, devices: int) -> float:
+    """Bytes/s that a device sends: GPUs beyond one host are bound by the network between hosts."""
+    return HOST_LINK if chip.is_gpu and devices > GPUS_IN_A_HOST else chip.link
 
 
 def _activations(request: Request, name: Phase) -> float:

@@ -142,7 +142,8 @@ def nearest_row(
         return ""
     height, width = SIZES[row.size]
     more = f" with {row.options}" if row.options else ""
+    held = (row.peak + (row.idle or 0)) / GIB
     return (
-        f"I2V-14B takes {row.peak / GIB:.1f} GiB of a device to {phase} {row.frames} frames of "
+        f"I2V-14B takes {held:.1f} GiB of a device to {phase} {row.frames} frames of "
         f"{width}x{height} on {row.target}{more}"
     )

@@ -121,9 +121,21 @@ def _moments(optimizer, trained: nnx.State, mesh: Mesh | None):
     moments = jax.eval_shape(optimizer.init, trained)
     if mesh is None:
         return moments
-    is_state = lambda x: isinstance(x, nnx.State)  # noqa: E731
-    place = lambda x: placed_state(x, mesh) if is_state(x) else placed(x, mesh)  # noqa: E731
-    return jax.tree.map(place, moments, is_leaf=is_state)
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Variable):
+            return placed(leaf, mesh)
+        if not hasattr(leaf.get_value(), "shape"):
+            return leaf  # an optimizer of two parts leaves gaps in the state of each
+        axes = leaf.get_metadata().get("axes") or ()
+        return leaf.replace(placed(leaf.get_value(), mesh, *_leading(axes, leaf.shape)))
+
+    return jax.tree.map(place, moments, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _leading(axes: tuple, shape: tuple[int, ...]) -> tuple:
+    """Axes that name the trailing dimensions, with None for those before."""
+    return (None,) * (len(shape) - len(axes)) + tuple(axes)
 
 
 def encode(config: VAEConfig, video: tuple[int, int, int], mesh: Mesh | None = None) -> Program:

@@ -3,10 +3,13 @@
 It needs Debian's chromium (or another one that CHROMIUM names), and playwright, which drives it.
 """
 
+import http.server
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -365,6 +368,25 @@ def test_a_missing_video_is_said(context, study, tmp_path):
     wait_for(page, "document.getElementById('said').textContent.includes('does not play')")
     rate(page, study, "keyboard")
     assert page.is_disabled("#send")
+
+
+def test_from_a_server_that_cannot_seek(context, study):
+    """Python's own, as people use it to show a study to a phone."""
+    serve = partial(http.server.SimpleHTTPRequestHandler, directory=study)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
+        page.fill("#rater", "Anna")
+        page.press("#rater", "Enter")
+        wait_for(page, "playing && !moving")
+        page.evaluate(WATCH_GAPS)
+        wait_for(page, "visit.draft.loops >= 3")
+        assert max(page.evaluate("gaps")) < 1 / 24
+        answer(page, study)
+        assert page.inner_text("#where") == "Pair 2 of 5"
+        page.close()
+        server.shutdown()
 
 
 def test_names_with_markup_are_text(context, tmp_path):

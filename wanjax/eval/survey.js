@@ -164,15 +164,35 @@ function setPlaying(on) {
   $('play').textContent = on ? 'Pause' : 'Play';
   if (on) $('tap').hidden = true;
 }
-function load(trial) {
+// From a server a film comes whole before it is shown: some cannot seek, and none stalls one of two.
+async function address(file) {
+  const url = `videos/${file}`;
+  if (location.protocol === 'file:') return url;
+  const found = await fetch(url);
+  if (!found.ok) throw new Error(found.status);
+  return URL.createObjectURL(await found.blob());
+}
+async function load(trial) {
   pause();
   const own = turn;
   frame = 1 / trial.fps;
   $('tap').hidden = true;
   document.body.style.setProperty('--aspect', trial.aspect);
-  const ready = films.map(film => once(film, 'loadeddata'));
-  films.forEach((film, i) => { film.src = `videos/${trial[SIDES[i]]}`; });
-  Promise.all(ready).then(() => { if (own === turn) play(0); });
+  films.forEach(film => { URL.revokeObjectURL(film.src); film.removeAttribute('src'); });
+  try {
+    const found = await Promise.all(SIDES.map(side => address(trial[side])));
+    if (own !== turn) return;
+    const ready = films.map(film => once(film, 'loadeddata'));
+    films.forEach((film, i) => { film.src = found[i]; });
+    await Promise.all(ready);
+    if (own === turn) play(0);
+  } catch {
+    if (own === turn) fail();
+  }
+}
+function fail() {
+  $('said').textContent = 'A video of this pair does not play here. Reload the page, try another '
+    + 'browser, or check that the folder "videos" lies beside this page.';
 }
 function tick() {
   requestAnimationFrame(tick);
@@ -192,10 +212,7 @@ document.addEventListener('visibilitychange', () => {
     pause();
   } else if (!follow() && resumes) play(films[0].currentTime);
 });
-films.forEach(film => film.addEventListener('error', () => {
-  if (film.error) $('said').textContent = 'A video of this pair does not play here. Try another '
-    + 'browser, or check that the folder "videos" lies beside this page.';
-}));
+films.forEach(film => film.addEventListener('error', () => { if (film.error) fail(); }));
 
 // --- questions ---
 const rows = [];

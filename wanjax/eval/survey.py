@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from wanjax.data.framing import fit_picture
-from wanjax.data.video import read_video, write_video
+from wanjax.data.video import write_video
 from wanjax.errors import UserError, some
 from wanjax.eval.pixels import Video
-from wanjax.eval.videos import ClipFile
+from wanjax.eval.videos import ClipFile, View
 from wanjax.outputs import whole_folder
 from wanjax.progress import progress_bar
 from wanjax.types import PathLike
@@ -218,13 +217,11 @@ def _length(infos: Sequence, seconds: float | int) -> float:
 
 def _read(clip: ClipFile, length: float, lines: int) -> tuple[Video, float]:
     """All frames at the film's own rate, of even sides, and of so many lines at most."""
-    fps = clip.info.fps
-    count = max(2, clip.info.count(fps, 0, length))
-    frames, _ = read_video(clip.file, fps=fps, frames=count, info=clip.info)
-    height, width = frames.shape[1:3]
-    scale = min(1.0, lines / height)
-    sides = [max(2, round(side * scale / 2) * 2) for side in (height, width)]
-    return np.stack([fit_picture(frame, *sides) for frame in frames]), fps
+    info = clip.info
+    scale = min(1.0, lines / info.height)
+    height, width = (max(2, round(side * scale / 2) * 2) for side in (info.height, info.width))
+    view = View(max(2, info.count(info.fps, 0, length)), height, width, info.fps)
+    return view.read(clip), info.fps
 
 
 def _write(folder: Path, frames: Video, fps: float, salt: str) -> str:

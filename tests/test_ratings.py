@@ -2,59 +2,16 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.survey import QUESTIONS, panel, study_of, visit_of
 from tests.scripts import call
 from tests.surveys import build, key_of, write_answers, write_sets
-from wanjax.eval.answers import Answer, Study, Visit
+from wanjax.eval.answers import Answer, Visit
 from wanjax.eval.ratings import analyse_ratings, crossed_mean, mixed_p, sign_p
 from wanjax.eval.ratings_report import as_json, depends, describe
-
-QUESTIONS = {"fidelity": "Cinematic fidelity", "stability": "Stability", "choice": "Choice"}
-KINDS = {"pair": ("A", "B"), "broken": ("good", "broken"), "identical": ("same", "again")}
-
-
-def study_of(pairs: int, windows: int = 1) -> Study:
-    """A study of so many pairs, of `pairs / windows` shots, and of a check of each kind."""
-    kinds = ["pair"] * pairs + ["broken", "identical"]
-    key = {
-        f"t{i:02}": {
-            "kind": kind,
-            "name": f"s{i // windows:02}@{i % windows}",
-            "shot": f"s{i // windows:02}",
-            "files": {label: f"{i}{label}.mp4" for label in KINDS[kind]},
-        }
-        for i, kind in enumerate(kinds)
-    }
-    return Study(Path("study"), "0", {"A": "base", "B": "tuned"}, QUESTIONS, key)
-
-
-def visit_of(study: Study, rater: str, a, b, attentive: bool = True) -> Visit:
-    """Ratings `a` and `b` of the pairs, the same for all questions."""
-    given = {"good": 5, "broken": 1 if attentive else 5, "same": 3, "again": 3}
-    answers = {}
-    for i, (trial, about) in enumerate(study.key.items()):
-        scores = given if about["kind"] != "pair" else {"A": int(a[i]), "B": int(b[i])}
-        x, y = KINDS[about["kind"]]
-        ratings = {q: {x: scores[x], y: scores[y]} for q in QUESTIONS if q != "choice"}
-        even = (x, y)[(i + len(rater) + ord(rater[-1])) % 2]  # who sees no difference, guesses
-        chosen = even if scores[x] == scores[y] else max((x, y), key=scores.get)
-        answers[trial] = Answer(ratings, chosen)
-    return Visit(rater, Path(f"{rater}.json"), answers)
-
-
-def panel(study: Study, pairs: int, raters: int, gain: float, seed: int = 0) -> list[Visit]:
-    """Raters with leanings of their own, to whom B is better by about `gain` points."""
-    rng = np.random.default_rng(seed)
-    shot, visits = rng.normal(0, 0.5, pairs), []
-    for r in range(raters):
-        a = rng.normal(3, 0.7, pairs)
-        b = a + gain + shot + rng.normal(0, 0.3) + rng.normal(0, 0.5, pairs)
-        visits.append(visit_of(study, f"r{r}", *(np.clip(np.rint(x), 1, 5) for x in (a, b))))
-    return visits
 
 
 def test_a_clear_gain_is_called_better():
@@ -86,7 +43,7 @@ def _swapped(answer: Answer) -> Answer:
 
 def test_nothing_is_found_where_there_is_nothing():
     """Studies of two equal sets, in which raters and shots lean: one is called better in hardly any
-    of them, for any question. (Of 360, of 3 to 8 raters and 12 or 20 pairs, it was in 5.)"""
+    of them, for any question. (Of many more: benchmarks/survey.py.)"""
     study = study_of(12)
     wrong = 0
     for seed in range(20):

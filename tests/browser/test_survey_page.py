@@ -275,12 +275,31 @@ def test_films_of_unequal_rates_stay_together(context, study):
     assert max(page.evaluate("gaps")) < 1 / 24
     hide(page, True)
     assert page.evaluate("films.every(film => film.paused)")
-    page.evaluate("films[1].currentTime = films[0].currentTime / 2")
+    page.evaluate("films[0].currentTime = 0.5, films[1].currentTime = 0.5 + 3 / 24")
     page.wait_for_timeout(300)
     page.evaluate("gaps.length = 0")
     hide(page, False)
     wait_for(page, "gaps.length > 20")
     assert max(page.evaluate("gaps")) < 1 / 24
+
+
+def test_a_film_that_lags_is_caught_up_with(context, study):
+    """By playing it faster, without a jump."""
+    page = opened(context, study)
+    wait_for(page, "playing && !moving && films[0].currentTime < 0.5")
+    rates = page.evaluate(
+        """async () => {
+          films[1].currentTime = films[0].currentTime - 2.5 * frame;
+          await once(films[1], 'seeked');
+          const rates = [];
+          for (let n = 0; n < 10; n++) {
+            await new Promise(requestAnimationFrame);
+            rates.push(films[1].playbackRate);
+          }
+          return rates;
+        }"""
+    )
+    assert 1 < max(rates) <= 1.2 and min(rates) >= 1
 
 
 def hide(page, hidden: bool) -> None:

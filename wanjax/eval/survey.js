@@ -164,7 +164,7 @@ function setPlaying(on) {
   $('play').textContent = on ? 'Pause' : 'Play';
   if (on) $('tap').hidden = true;
 }
-// From a server a film comes whole before it is shown: some cannot seek, and none stalls one of two.
+// From a server films come whole before they are shown, so that neither of two has to wait.
 async function address(file) {
   const url = `videos/${file}`;
   if (location.protocol === 'file:') return url;

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wanjax.errors import UserError
@@ -47,8 +48,14 @@ def make_mesh(
         )
     if wanted < len(devices):
         warnings.warn(f"{named} uses {wanted} of {len(devices)} devices.", stacklevel=2)
-    auto = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices[:wanted])
+    auto, chosen = (AxisType.Auto,) * len(AXES), devices[:wanted]
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=auto, devices=chosen)
+    except (
+        NotImplementedError
+    ):  # no axis of the chips' own grid has such a size: 2 x 4 x 8 of 8 x 8
+        split = create_device_mesh(sizes, chosen, allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=auto)
 
 
 def one_device() -> Mesh:

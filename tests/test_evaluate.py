@@ -67,6 +67,20 @@ def test_the_better_set_is_found_better(report):
         assert "too few to tell: 7 shots give no p below 0.11" in found["verdict"]
 
 
+def test_windows_of_one_film_are_too_few(folder, tmp_path):
+    for label in ("real", "good", "bad"):
+        (tmp_path / label).mkdir()
+        for i, name in enumerate(NAMES[:2]):
+            shutil.copy(folder / label / f"{name}.mp4", tmp_path / label / f"film@{i}.mp4")
+    (found,) = evaluate(tmp_path, "one", "--metrics", "psnr")["comparisons"]
+    assert found["p"] == 1 and "too few to tell: 1 shot" in found["verdict"]
+    runs = ("--runs", "4:0=bad", "8:0=good", "--metrics", "psnr")
+    call("evaluate.py", "study-ranks", "--real", "real", "--out", "ranks", *runs, cwd=tmp_path)
+    found = json.loads((tmp_path / "ranks/results.json").read_text())["psnr"]
+    assert found["p_holm"] == 1 and "too few runs" in found["verdict"]
+    assert found["ranks"]["4"]["low"] is None
+
+
 def test_one_question_is_answered_by_seven_shots(folder):
     (found,) = evaluate(folder, "one", "--metrics", "psnr")["comparisons"]
     assert found["p"] == found["p_holm"] == 2 / 2**7

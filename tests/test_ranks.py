@@ -18,7 +18,7 @@ from wanjax.eval.ranks import (
 
 
 @pytest.mark.parametrize("blocks", [True, False])
-@pytest.mark.parametrize("counts", [(3, 3), (3, 3, 3), (2, 2, 2)])
+@pytest.mark.parametrize("counts", [(1, 1), (1, 1, 1), (3, 3), (3, 3, 3), (2, 2, 2)])
 def test_the_clearest_of_studies_has_the_smallest_p(blocks, counts):
     groups = [10.0**i + 0.01 * np.arange(n) for i, n in enumerate(counts)]
     found = rank_p(groups, blocks=blocks, permutations=10_000)
@@ -27,6 +27,8 @@ def test_the_clearest_of_studies_has_the_smallest_p(blocks, counts):
 
 def test_unequal_numbers_of_runs():
     assert smallest_rank_p((2, 3), blocks=False) == pytest.approx(1 / 10)
+    lone = rank_p([np.asarray([0.0]), np.asarray([5, 5.1, 5.2])], blocks=False)
+    assert lone == pytest.approx(1 / 4) == smallest_rank_p((1, 3), blocks=False)
     assert rank_p([np.asarray([0.0, 0.1]), np.asarray([5, 5.1, 5.2])], blocks=False) == (
         pytest.approx(1 / 10)
     )

@@ -36,6 +36,27 @@ def test_few_pairs_are_tested_exactly():
     assert smallest_p(4, 4, paired=False) == pytest.approx(2 / 70)
 
 
+@pytest.mark.parametrize("counts", [(1, 1), (1, 3), (3, 1), (2, 3), (3, 3)])
+def test_the_clearest_of_sets_has_the_smallest_p(counts):
+    a, b = (100.0 * i + np.arange(count) for i, count in enumerate(counts))
+    found = pooled_p(mean_difference, a, b, *map(names, counts))
+    assert found == pytest.approx(smallest_p(*counts, paired=False))
+
+
+def test_one_pair_of_shots_says_nothing():
+    windows = np.arange(4.0)
+    for shots in (names(1), names(1) * 4):
+        a = windows[: len(shots)]
+        assert swap_p(mean_difference, a, a + 100, shots) == 1 == smallest_p(1, 1, paired=True)
+
+
+def test_one_shot_among_too_many_to_try_all():
+    """999 ways are drawn where there are 1001."""
+    a, b = np.asarray([0.5]), np.arange(1000.0)
+    found = pooled_p(mean_difference, a, b, names(1), names(1000))
+    assert found == pytest.approx(2 / 1001, abs=0.01)
+
+
 def test_equal_sets_are_not_different():
     a = np.random.default_rng(0).normal(size=(12, 6))
     assert swap_p(frechet, a, a, names(12)) == 1
@@ -124,5 +145,8 @@ def test_a_verdict_says_no_more_than_is_known():
     assert "which is ahead is not certain" in verdict(wide, "lower")
     few = replace(FOUND, least=0.25, shots=3)
     assert "too few to tell: 3 shots give no p below 0.25" in verdict(few, "lower")
+    one = replace(FOUND, least=1.0, shots=1)
+    assert "too few to tell: 1 shot gives no p below 1 here" in verdict(one, "lower")
+    assert "1 shot: too few to tell" in verdict(replace(one, a="real"), "lower")
     for found in (doubtful, wide, few):
         assert "better" not in verdict(found, "lower")

@@ -15,7 +15,7 @@ from wanjax.eval.analysis import DISTANCES, distance_between
 from wanjax.eval.bootstrap import Mean, by_shot
 from wanjax.eval.measuring import Measured, Sets
 from wanjax.eval.metrics import METRICS, Metric
-from wanjax.eval.significance import LEVEL, PERMUTATIONS, REAL, holm
+from wanjax.eval.significance import LEVEL, PERMUTATIONS, REAL, holm, permutation_p
 
 Runs = Mapping[str, tuple[int, int]]  # the rank and the seed of every set
 
@@ -92,19 +92,8 @@ def rank_p(
 ) -> float:
     """The p-value of "rank makes no difference" by the spread of the ranks' means. With `blocks`,
     run n of every rank is of one seed, and ranks change places within it alone. Exact for few."""
-    from scipy.stats import permutation_test
-
     means = lambda *groups: float(np.var([np.mean(group) for group in groups]))  # noqa: E731
-    found = permutation_test(
-        tuple(by_rank),
-        means,
-        permutation_type="samples" if blocks else "independent",
-        alternative="greater",
-        vectorized=False,
-        n_resamples=permutations,
-        rng=np.random.default_rng(seed),
-    )
-    return float(found.pvalue)
+    return permutation_p(means, by_rank, rows=blocks, permutations=permutations, seed=seed)
 
 
 def smallest_rank_p(counts: Sequence[int], *, blocks: bool) -> float:

@@ -4,8 +4,10 @@ The unit is the shot, as in `wanjax.eval.bootstrap`. Permutations are SciPy's, t
 many comparisons statsmodels' (extra `[eval]`).
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -26,6 +28,36 @@ Direction = Literal["lower", "higher"] | None
 Statistic = Callable[[np.ndarray, np.ndarray], float]
 
 
+def permutation_p(
+    statistic: Callable[..., float],
+    groups: Sequence[Shaped[np.ndarray, " N"]],
+    *,
+    rows: bool,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> float:
+    """The p-value of "the groups are alike": with `rows`, members change groups within row n of all
+    alone, else freely. Exact where there are few enough ways.
+
+    `statistic` must not depend on the order of the groups.
+    """
+    from scipy.stats import permutation_test
+
+    if min(map(len, groups)) < 2:  # which SciPy refuses
+        # Within a single row groups only change names.
+        return 1.0 if rows else _lone_p(statistic, groups, permutations, seed)
+    found = permutation_test(
+        tuple(groups),
+        statistic,
+        permutation_type="samples" if rows else "independent",
+        alternative="greater",
+        vectorized=False,
+        n_resamples=permutations,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
+
+
 def swap_p(
     statistic: Statistic,
     a: Shaped[np.ndarray, "N ..."],
@@ -40,8 +72,6 @@ def swap_p(
 
     `statistic` is larger the less alike two sets are. Exact where there are few enough swaps.
     """
-    from scipy.stats import permutation_test
-
     if len(a) != len(b) or len(a) != len(shots):
         raise ValueError(f"{len(a)} and {len(b)} clips of {len(shots)} shots are no pairs")
     names, which = np.unique(np.asarray(shots), return_inverse=True)
@@ -53,16 +83,7 @@ def swap_p(
         return statistic(both[chosen, rows], both[1 - chosen, rows])
 
     sides = np.zeros(len(names), int), np.ones(len(names), int)
-    found = permutation_test(
-        sides,
-        of,
-        permutation_type="samples",
-        alternative="greater",
-        vectorized=False,
-        n_resamples=permutations,
-        rng=np.random.default_rng(seed),
-    )
-    return float(found.pvalue)
+    return permutation_p(of, sides, rows=True, permutations=permutations, seed=seed)
 
 
 def pooled_p(
@@ -77,8 +98,6 @@ def pooled_p(
 ) -> float:
     """The p-value of "A equals B" for clips that are not in pairs: under it any shot could have
     come from either set. `statistic` is larger the less alike two sets are."""
-    from scipy.stats import permutation_test
-
     both = np.concatenate([a, b])
     of_a, of_b = _units(shots_a, 0), _units(shots_b, len(a))
     units = [*of_a, *of_b]
@@ -87,16 +106,8 @@ def pooled_p(
         rows = (np.concatenate([units[i] for i in chosen]) for chosen in (first, second))
         return statistic(*(both[chosen] for chosen in rows))
 
-    found = permutation_test(
-        (np.arange(len(of_a)), len(of_a) + np.arange(len(of_b))),
-        of,
-        permutation_type="independent",
-        alternative="greater",
-        vectorized=False,
-        n_resamples=permutations,
-        rng=np.random.default_rng(seed),
-    )
-    return float(found.pvalue)
+    groups = np.arange(len(of_a)), len(of_a) + np.arange(len(of_b))
+    return permutation_p(of, groups, rows=False, permutations=permutations, seed=seed)
 
 
 def mean_difference(a: Float[np.ndarray, " N"], b: Float[np.ndarray, " M"]) -> float:
@@ -108,7 +119,10 @@ def smallest_p(shots_a: int, shots_b: int, *, paired: bool) -> float:
     """The least p-value that so few shots can give: that of the most extreme permutation."""
     from scipy.special import comb
 
-    return 2.0 ** (1 - shots_a) if paired else min(1.0, 2 / comb(shots_a + shots_b, shots_a))
+    if paired:
+        return 2.0 ** (1 - shots_a)
+    alike = 2 if shots_a == shots_b else 1  # only sets of one size can change places as wholes
+    return min(1.0, alike / comb(shots_a + shots_b, shots_a))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -176,11 +190,12 @@ def verdict(found: Comparison, direction: Direction) -> str:
     if found.a == REAL:
         return _verdict_on_real(found)
     of, a, b = found.difference, found.a, found.b
-    numbers = f"{of} ({_p(found.corrected)}, {found.shots} shots{'' if found.paired else ' a set'})"
+    shots = _shots(found.shots)
+    numbers = f"{of} ({_p(found.corrected)}, {shots}{'' if found.paired else ' a set'})"
     if found.least > LEVEL:
         return (
-            f"{found.metric}: too few to tell: {found.shots} shots give no p below "
-            f"{found.least:.2g} here, whatever they show; {b} less {a} is {of}."
+            f"{found.metric}: too few to tell: {shots} give{'s' * (found.shots == 1)} no p below "
+            f"{found.least:.2g} here, whatever the videos show; {b} less {a} is {of}."
         )
     if found.corrected >= LEVEL:
         return f"{found.metric}: {a} and {b} cannot be told apart: {b} less {a} is {numbers}."
@@ -199,15 +214,44 @@ def verdict(found: Comparison, direction: Direction) -> str:
 def _verdict_on_real(found: Comparison) -> str:
     """Of a set against the real videos, in a distance."""
     start = f"{found.metric}: {found.b} is {found.difference} from the real videos"
-    shots = f"{found.shots} shots{'' if found.paired else ' a set'}"
+    shots = f"{_shots(found.shots)}{'' if found.paired else ' a set'}"
     if found.least > LEVEL:
-        return f"{start}, and {shots} are too few to tell it from them."
+        return f"{start}, and {shots}: too few to tell it from them."
     told = "differs from" if found.corrected < LEVEL else "cannot be told from"
     return f"{start}, and {told} them ({_p(found.corrected)}, {shots})."
 
 
 def _p(value: float) -> str:
     return f"p = {value:.3f}" if value >= 0.001 else "p < 0.001"
+
+
+def _shots(count: int) -> str:
+    return f"{count} shot{'s' * (count != 1)}"
+
+
+def _lone_p(
+    statistic: Callable[..., float], groups: Sequence[np.ndarray], permutations: int, seed: int
+) -> float:
+    """`permutation_p` without rows, of any sizes."""
+    members, sizes = np.concatenate(groups), [len(group) for group in groups]
+    seen = statistic(*groups)
+    least = seen - 1e-12 * abs(seen)  # sums in another order are equal but for rounding
+    ways = math.factorial(len(members)) // math.prod(map(math.factorial, sizes))
+    if ways <= permutations:
+        return sum(statistic(*way) >= least for way in _divisions(members, sizes)) / ways
+    rng, ends = np.random.default_rng(seed), np.cumsum(sizes)[:-1]
+    drawn = (np.split(rng.permutation(members), ends) for _ in range(permutations))
+    return (1 + sum(statistic(*way) >= least for way in drawn)) / (1 + permutations)
+
+
+def _divisions(members: np.ndarray, sizes: Sequence[int]) -> Iterator[list[np.ndarray]]:
+    """Every way to divide `members` into groups of these sizes."""
+    if len(sizes) == 1:
+        yield [members]
+        return
+    for chosen in combinations(range(len(members)), sizes[0]):
+        for others in _divisions(np.delete(members, chosen), sizes[1:]):
+            yield [members[list(chosen)], *others]
 
 
 def _units(shots: Sequence[str], offset: int) -> list[np.ndarray]:

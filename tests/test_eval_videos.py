@@ -1,6 +1,7 @@
 """Folders of unlike videos, the one form in which they are seen, pairs, prompts, and the cache."""
 
 import json
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from wanjax.data.video import write_video
 from wanjax.errors import UserError
 from wanjax.eval.kept import Kept
 from wanjax.eval.pairing import paired_by, prompts_of, read_prompts, unpaired
-from wanjax.eval.videos import common_view, describe_set, draw, notes, read_set
+from wanjax.eval.videos import ClipFile, common_view, describe_set, draw, notes, read_set
 
 
 def write_set(folder, names, *, frames=12, fps=16, size=(40, 64), seed=0):
@@ -126,6 +127,38 @@ def test_pairs_by_a_table(tmp_path):
         path.write_text(line)
         with pytest.raises(UserError, match=said):
             paired_by(path, sets)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+@pytest.mark.parametrize("line", [0, 1, 2])
+def test_pairs_keep_every_video_whatever_is_renamed(tmp_path, order, line):
+    """Swaps, rings and chains of names that real videos have, too, from any line on."""
+    clips = {name: ClipFile(name, tmp_path / f"{name}.mp4", None, name) for name in "abc"}
+    path, sets = tmp_path / "pairs.jsonl", {"real": clips, "A": clips}
+    pairs = [("abc"[i], "abc"[of]) for i, of in enumerate(order)]
+    lines = [json.dumps({"real": real, "A": name}) + "\n" for real, name in pairs]
+    path.write_text("".join(lines[line:] + lines[:line]))
+    found = paired_by(path, sets)["A"]
+    assert {name: (clip.name, clip.content) for name, clip in found.items()} == {
+        real: (real, name) for real, name in pairs
+    }
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (("aa", "ab"), r"pairs.jsonl:2 pairs a with b of A, and a line before"),
+        (("aa", "ba"), r"pairs.jsonl:2 pairs b with a of A, and a line before"),
+        (("ab",), "gives other videos of A the names of a, which it does not pair"),
+        (("ab", "bc"), "the names of a, which"),
+    ],
+)
+def test_pairs_that_would_lose_a_video_are_refused(tmp_path, lines, said):
+    clips = {name: ClipFile(name, tmp_path / f"{name}.mp4", None, name) for name in "abc"}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"real": r, "A": a}) + "\n" for r, a in lines))
+    with pytest.raises(UserError, match=said):
+        paired_by(path, {"real": clips, "A": clips})
 
 
 def test_what_is_kept_is_found_by_all_of_its_key(tmp_path):

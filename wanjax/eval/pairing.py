@@ -48,8 +48,9 @@ def paired_by(
     path: Path, sets: Mapping[str, Mapping[str, ClipFile]]
 ) -> dict[str, dict[str, ClipFile]]:
     """The sets with every video under the name of its real one, by a table of JSON lines:
-    {"real": "a.mp4", "A": "x.mp4"}. Raises `UserError` for a line that names what is not there."""
-    renamed = {label: dict(clips) for label, clips in sets.items()}
+    {"real": "a.mp4", "A": "x.mp4"}. Raises `UserError` for a line that names what is not there, or
+    what another line pairs otherwise, and for a video whose name another one would take."""
+    given: dict[str, dict[str, str]] = {label: {} for label in sets}  # new names by the old ones
     for where, entry in read_objects(path):
         if not isinstance(entry.get(REAL), str) or len(entry) < 2:
             raise UserError(f'{where} is no pair; write {{"real": "a.mp4", "A": "b.mp4"}}.')
@@ -60,9 +61,27 @@ def paired_by(
             if label not in sets or not isinstance(file, str):
                 raise UserError(f"{where} names the set '{label}'{nearest(label, sets)}")
             name = _found(file, label, sets, where)
-            renamed[label].pop(name, None)
-            renamed[label][real] = replace(sets[label][name], name=real)
-    return renamed
+            if name in given[label] or real in given[label].values():
+                raise UserError(
+                    f"{where} pairs {entry[REAL]} with {file} of {label}, and a line before has "
+                    "paired one of the two; keep one line for each."
+                )
+            given[label][name] = real
+    return {label: _renamed(label, clips, given[label], path) for label, clips in sets.items()}
+
+
+def _renamed(
+    label: str, clips: Mapping[str, ClipFile], given: Mapping[str, str], path: Path
+) -> dict[str, ClipFile]:
+    """The clips under the names given; the others keep theirs."""
+    displaced = sorted((set(given.values()) & set(clips)) - set(given))
+    if displaced:
+        raise UserError(
+            f"{path} gives other videos of {label} the names of {some(displaced)}, which it does "
+            "not pair; add a line for each, or take them out of the folder."
+        )
+    names = {name: given.get(name, name) for name in clips}
+    return {new: replace(clips[old], name=new) for old, new in names.items()}
 
 
 def unpaired(sets: Mapping[str, Mapping[str, ClipFile]], real: str = REAL) -> dict[str, list[str]]:

@@ -242,8 +242,10 @@ def test_two_tabs(context, study):
     first.evaluate("window.removeEventListener('storage', follow)")
     rate(first, study, "keyboard")
     wait_for(first, "visit.draft.loops > 0")
+    first.evaluate("pause()")  # or it would follow at the end of its loop
     answer(second, study)
     answer(second, study)
+    wait_for(first, "stored('Anna').answers.length === 2")  # another process; it takes a moment
     first.click("#send", force=True)
     assert first.inner_text("#where") == "Pair 3 of 5"
     assert "another tab" in first.inner_text("#said")

@@ -109,6 +109,43 @@ def test_prompts_of_three_kinds_of_files(tmp_path):
         read_prompts(path)
 
 
+@pytest.mark.parametrize(
+    ("file", "name", "found"),
+    [
+        ("c0.mp4", "c0", True),
+        ("x/c0.mp4", "x/c0", True),
+        ("./x/c0.mp4", "x/c0", True),
+        ("x/c0.mp4", "c0", True),
+        ("x/c0.mp4", "y/c0", False),
+        ("c0.mp4", "x/c0", False),
+        ("x/c0.mp4", "z/x/c0", False),
+    ],
+)
+def test_no_video_gets_the_prompt_of_another_folder(tmp_path, file, name, found):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"file": file, "prompt": "a rider"}))
+    sets = {"A": {name: ClipFile(name, tmp_path / f"{name}.mp4", None, name)}}
+    if found:
+        assert prompts_of(read_prompts(path), sets, path) == {name: "a rider"}
+    else:
+        with pytest.raises(UserError, match=f"no prompt for {name}; "):
+            prompts_of(read_prompts(path), sets, path)
+
+
+def test_prompts_that_could_be_either_are_refused(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"file": f"{of}.mp4", "prompt": f"prompt of {of}"} for of in ("x/c0", "y/c0", "c0")]
+    sets = {"A": {"c0": ClipFile("c0", tmp_path / "c0.mp4", None, "c0")}}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    with pytest.raises(UserError, match="several prompts.* for c0; "):
+        prompts_of(read_prompts(path), sets, path)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert prompts_of(read_prompts(path), sets, path) == {"c0": "prompt of c0"}
+    path.write_text("".join(json.dumps(lines[0] | {"prompt": p}) + "\n" for p in "aab"))
+    with pytest.raises(UserError, match="prompts.jsonl:3 gives x/c0.mp4 a second prompt"):
+        read_prompts(path)
+
+
 def test_pairs_by_a_table(tmp_path):
     sets = {
         "real": read_set(write_set(tmp_path / "real", "ab")),

@@ -16,7 +16,8 @@ def read_prompts(path: Path) -> dict[str, str]:
     """Prompts by the name of their video, from JSON lines: {"file": "a.mp4", "prompt": "..."}.
 
     A data set's metadata.jsonl ("file", "caption") and the jobs of sample.py ("out", "prompt") are
-    such files, too. Raises `UserError`, with the line, for one that lacks either.
+    such files, too. Raises `UserError`, with the line, for one that lacks either, and for a video
+    that has another prompt already.
     """
     found: dict[str, str] = {}
     for where, entry in read_objects(path):
@@ -26,22 +27,33 @@ def read_prompts(path: Path) -> dict[str, str]:
             raise UserError(
                 f'{where} lacks a video or its prompt; write {{"file": "a.mp4", "prompt": "..."}}.'
             )
-        found[_name(file)] = text
+        if found.setdefault(_name(file), text) != text:
+            raise UserError(f"{where} gives {file} a second prompt; keep one.")
     return found
 
 
 def prompts_of(
     prompts: Mapping[str, str], sets: Mapping[str, Mapping[str, ClipFile]], path: Path
 ) -> dict[str, str]:
-    """The prompt of every video in the sets, found by its name, or by the last part of that.
-    Raises `UserError` that names the videos that have none."""
+    """The prompt of every video in the sets, by its name; of one that lies in no folder below its
+    set's also by the last part of the names in the file. Raises `UserError` that names the videos
+    that have none, or one of several."""
     names = sorted({name for clips in sets.values() for name in clips})
-    by_last = {PurePosixPath(name).name: text for name, text in prompts.items()}
-    found = {name: prompts.get(name) or by_last.get(PurePosixPath(name).name) for name in names}
-    missing = [name for name, text in found.items() if text is None]
+    by_last: dict[str, set[str]] = {}
+    for name, text in prompts.items():
+        by_last.setdefault(PurePosixPath(name).name, set()).add(text)
+    # A name with a folder has no such last part, so that no video gets that of another folder.
+    found = {n: {prompts[n]} if n in prompts else by_last.get(n, set()) for n in names}
+    missing = [name for name, texts in found.items() if not texts]
+    doubtful = [name for name, texts in found.items() if len(texts) > 1]
     if missing:
         raise UserError(f"{path} has no prompt for {some(missing)}; add a line for each.")
-    return found
+    if doubtful:
+        raise UserError(
+            f"{path} has several prompts, of files in several folders, for {some(doubtful)}; give "
+            "each a line with its name alone."
+        )
+    return {name: texts.pop() for name, texts in found.items()}
 
 
 def paired_by(

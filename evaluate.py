@@ -14,7 +14,7 @@ ranks of adapters, each trained with several seeds.
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from wanjax.eval.measuring import Measured, Measurer, Sets
 from wanjax.eval.metrics import Metric, chosen_metrics
 from wanjax.eval.pairing import paired_by, prompts_of, read_prompts, unpaired
 from wanjax.eval.rank_report import read_costs, write_rank_report
-from wanjax.eval.ranks import parse_runs, study
+from wanjax.eval.ranks import parse_runs, study, unlike_runs
 from wanjax.eval.report import About, write_report
 from wanjax.eval.significance import REAL, require_equal
 from wanjax.eval.videos import View, common_view, describe_set, draw, notes, read_set
@@ -72,7 +72,8 @@ def study_ranks(job: RanksJob) -> None:
     """Ranks with each other, by their runs."""
     runs = parse_runs(job.runs)
     costs = {} if job.costs is None else read_costs(job.costs)
-    done = measure(job, {label: Path(folder) for label, (_, _, folder) in runs.items()})
+    folders = {label: Path(folder) for label, (_, _, folder) in runs.items()}
+    done = measure(job, folders, unlike_runs)
     by_label = {label: (rank, seed) for label, (rank, seed, _) in runs.items()}
     findings = study(done.metrics, done.measured, done.sets, by_label, job.seed)
     with whole_folder(job.out) as partial:
@@ -86,8 +87,13 @@ def conclude(sentences: Sequence[str], out: Path) -> None:
     sys.stdout.write(f"{out / 'report.html'}\n")
 
 
-def measure(job: VideosJob, generated: Mapping[str, Path]) -> Study:
-    """All that the metrics need of the real and the generated videos."""
+def measure(
+    job: VideosJob,
+    generated: Mapping[str, Path],
+    check: Callable[[list[Metric], Sets], list[str]] = lambda *_: [],
+) -> Study:
+    """All that the metrics need of the real and the generated videos; `check` says more of these,
+    or refuses them, before anything is measured."""
     has_prompts, has_clip = job.prompts is not None, job.clip is not None
     names = [name.strip() for name in job.metrics.split(",") if name.strip()]
     metrics = chosen_metrics(names, has_prompts=has_prompts, has_clip=has_clip)
@@ -98,8 +104,10 @@ def measure(job: VideosJob, generated: Mapping[str, Path]) -> Study:
         sets = paired_by(job.pairs, sets)
     sets = evened(job, sets, metrics)
     check_pairs(sets, metrics)
+    more = check(metrics, sets)
     view = common_view(sets, frames=job.frames, fps=job.fps, size=size_of(job))
     about = describe(job, sets, view, metrics)
+    about = About(about.settings, [*about.notes, *more])
     sys.stderr.writelines(f"  {note}\n" for note in about.notes)
     prompts = prompts_for(job, sets)
     measured = Measurer(metrics, view, lpips=job.lpips, clip=job.clip).measure(sets, prompts)

@@ -243,11 +243,18 @@ def test_a_study_of_ranks(folder, tmp_path):
     # Six runs, two ranks, blocks of seeds: the smallest p is 1 / 4.
     assert found["psnr"]["p_holm"] == found["psnr"]["smallest_p"] == 0.25
     assert "too few runs to tell the ranks 4, 8 apart" in found["psnr"]["verdict"]
+    # The seeds have shots 0 to 2 and 1 to 3, of which all have 1 and 2.
+    assert found["settings"]["notes"][-1] == (
+        "psnr: of 4 videos the 2 that all runs have; left out: shot0, shot3."
+    )
     html = (tmp_path / "report/report.html").read_text()
     assert "parameters" in html and "hours" in html and not re.search(r"https?:|url\(", html)
     (tmp_path / "costs.jsonl").write_text('{"hours": 2}\n')
     said = ranks(tmp_path, "b", "--metrics", "psnr", "--costs", "costs.jsonl", code=2)
     assert "costs.jsonl:1 needs a rank of its own" in said
+    for name in NAMES[1:3]:
+        (tmp_path / "good" / f"{name}.mp4").unlink()
+    assert "no video in common by name for psnr" in ranks(tmp_path, "b", *QUICK, code=2)
 
 
 def test_labels(folder):

@@ -1,5 +1,7 @@
 """A study of ranks: the run is the unit, and too few runs say so."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,8 @@ pytest.importorskip("scipy", reason="needs SciPy (extra [eval])")
 
 from wanjax.errors import UserError
 from wanjax.eval.bootstrap import Mean
+from wanjax.eval.measuring import Measured
+from wanjax.eval.metrics import METRICS
 from wanjax.eval.ranks import (
     RankFindings,
     parse_runs,
@@ -14,7 +18,10 @@ from wanjax.eval.ranks import (
     sentence,
     smallest_rank_p,
     student_mean,
+    study,
+    unlike_runs,
 )
+from wanjax.eval.videos import ClipFile
 
 
 @pytest.mark.parametrize("blocks", [True, False])
@@ -68,6 +75,21 @@ def test_sentences_say_no_more_than_the_numbers():
     assert sentence(found(0.02)).endswith("the best mean is that of rank 8.")
     assert sentence(found(0.02, metric="ssim")).endswith("that of rank 4.")
     assert "lowest at rank 8 and highest at rank 4" in sentence(found(0.02, metric="motion"))
+
+
+@pytest.mark.parametrize("metric", ["psnr", "flicker"])
+def test_a_run_of_more_videos_is_valued_by_those_that_all_have(metric):
+    """One with an easy video more is no better; of metrics of pairs, a real one must be there."""
+    names = {"real": "abc", "4:0": "ab", "4:1": "abc", "8:0": "abe", "8:1": "abde"}
+    sets = {k: {n: ClipFile(n, Path(n), None, n) for n in of} for k, of in names.items()}
+    score = {"a": 1.0, "b": 2.0}
+    values = {k: {n: {metric: score.get(n, 90.0)} for n in of} for k, of in names.items()}
+    runs = {label: tuple(map(int, label.split(":"))) for label in names if label != "real"}
+    (found,) = study([METRICS[metric]], Measured(values, {}, 0), sets, runs)
+    assert found.runs == {rank: {0: 1.5, 1: 1.5} for rank in (4, 8)}
+    (said,) = unlike_runs([METRICS[metric]], sets)
+    assert "the 2 that all runs have; left out: c" in said
+    assert ("e" in said.partition("left out")[2]) == (metric == "flicker")
 
 
 def test_runs_by_rank_and_seed():

@@ -5,12 +5,12 @@ videos it made. Seeds that all ranks share are blocks, within which ranks could 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from wanjax.errors import UserError
+from wanjax.errors import UserError, some
 from wanjax.eval.analysis import DISTANCES, distance_between
 from wanjax.eval.bootstrap import Mean, by_shot
 from wanjax.eval.measuring import Measured, Sets
@@ -62,6 +62,27 @@ def study(
         for one, p in zip(found, corrected)
     ]
     return [replace(one, verdict=sentence(one)) for one in found]
+
+
+def unlike_runs(metrics: Sequence[Metric], sets: Sets) -> list[str]:
+    """A sentence for every metric of videos that leaves some out, as not all runs have them. Raises
+    `UserError` where no video is common to all."""
+    said = []
+    for metric in metrics:
+        if metric.name in DISTANCES:
+            continue
+        common, all_names = (_names(metric, sets, of) for of in (set.intersection, set.union))
+        if not common:
+            raise UserError(
+                f"The runs have no video in common by name for {metric.name}, so that it would "
+                "compare videos, not ranks; make the same ones with every run."
+            )
+        if left_out := sorted(all_names - common):
+            said.append(
+                f"{metric.name}: of {len(all_names)} videos the {len(common)} that all runs have; "
+                f"left out: {some(left_out)}."
+            )
+    return said
 
 
 def sentence(found: RankFindings) -> str:
@@ -132,10 +153,19 @@ def _of_metric(
 
 
 def _value(metric: Metric, measured: Measured, sets: Sets, label: str) -> float:
-    """One run's value: its distance from the real videos, or the mean of its shots."""
+    """One run's value: its distance from the real videos, or the mean of its shots, of the videos
+    that all runs have."""
     if metric.name in DISTANCES:
         distance = distance_between(metric.name, sets)
         return distance(measured.features(REAL), measured.features(label))
     scores = measured.scores(metric, label)
-    _, means = by_shot(np.asarray(list(scores.values())), [sets[label][n].shot for n in scores])
+    names = sorted(_names(metric, sets, set.intersection))
+    shots = [sets[label][name].shot for name in names]
+    _, means = by_shot(np.asarray([scores[name] for name in names]), shots)
     return float(means.mean())
+
+
+def _names(metric: Metric, sets: Sets, of: Callable[..., set[str]]) -> set[str]:
+    """The names of the runs' videos that can have a score; `of` the runs' sets of them."""
+    names = of(*(set(clips) for label, clips in sets.items() if label != REAL))
+    return names & set(sets[REAL]) if metric.needs == "pairs" else names

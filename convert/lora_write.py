@@ -18,7 +18,7 @@ import numpy as np
 from convert.lora_names import by_layer, by_parameter
 from convert.lora_read import METADATA
 from wanjax.errors import UserError, some
-from wanjax.lora import CROSS_IMAGE, Change, LayerAdapter, LoRA, in_a_block
+from wanjax.lora import CROSS_IMAGE, Change, LayerAdapter, LoRA, in_a_block, over
 from wanjax.outputs import whole_file
 from wanjax.tensor_files import SafetensorsWriter
 
@@ -139,14 +139,25 @@ def _refuse_changes(lora: LoRA, reason: str) -> None:
 
 
 def _with_image_pair(layers: Mapping[str, LayerAdapter]) -> dict[str, LayerAdapter]:
-    """diffusers wants both image projections or none: the missing one becomes zeros."""
-    given = [role for role in CROSS_IMAGE if role in layers]
-    if len(given) != 1:
-        return dict(layers)
-    (missing,) = set(CROSS_IMAGE) - set(given)
-    there = layers[given[0]]
-    zeros = replace(there, down=np.zeros_like(there.down), up=np.zeros_like(there.up))
-    return {**layers, missing: zeros}
+    """diffusers wants both image projections of a block or none: a missing one becomes zeros."""
+    given = [layers[role] for role in CROSS_IMAGE if role in layers]
+    blocks = sorted({i for adapter in given for i in adapter.numbers})
+    both = {
+        role: _spread(layers.get(role, given[0]), blocks, role in layers)
+        for role in CROSS_IMAGE
+        if given
+    }
+    return {**layers, **both}
+
+
+def _spread(adapter: LayerAdapter, blocks: list[int], is_given: bool) -> LayerAdapter:
+    """The adapter in all of `blocks`: zeros in those that it lacks, or everywhere."""
+    numbers = tuple(adapter.numbers)
+    down, up = (
+        over(blocks[-1] + 1, numbers, part if is_given else np.zeros_like(part))[blocks]
+        for part in (adapter.down, adapter.up)
+    )
+    return replace(adapter, down=down, up=up, blocks=tuple(blocks))
 
 
 def _metadata(lora: LoRA, path: Path, layout: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from convert.loaders import takers
 from convert.lora import convert_lora, open_lora
 from convert.lora_names import modules, parse
 from tests.adapters import (
@@ -65,6 +66,24 @@ def test_partial_targets_and_blocks_go_through_every_format(layers, tmp_path):
     zero = {key: change for key, change in got.items() if key not in pairs}
     assert_same_change({key: got[key] for key in pairs}, merged(pairs))
     assert not any(change.any() for change in zero.values())  # the other image projection
+
+
+@pytest.mark.parametrize("k_img, v_img", [((0, 1), (0,)), ((1,), (0, 2)), ((2,), ())])
+def test_comfyui_has_both_image_projections_of_a_block_or_none(k_img, v_img, tmp_path):
+    """Zeros, where one of them is missing; a file without them is told from one with them."""
+    pairs = random_pairs(SMALL, blocks=k_img, layers=("cross_attn.k_img",), ranks=(2,))
+    pairs |= random_pairs(SMALL, blocks=v_img, layers=("cross_attn.v_img",))
+    tensors = in_family("comfyui", pairs)
+    alone = min(set(k_img) ^ set(v_img))
+    assert f"block {alone} has one of them" in takers(list(tensors))["diffusers"]
+    path = save(tmp_path / "a.safetensors", tensors)
+    convert_lora(path, tmp_path / "o.safetensors", "comfyui")
+    assert not takers(list(read_safetensors(tmp_path / "o.safetensors").tensors))["diffusers"]
+    got = merged_by_us(open_lora(tmp_path / "o.safetensors"))
+    both = {(i, f"cross_attn.{x}_img") for i in (*k_img, *v_img) for x in "kv"}
+    assert got.keys() == both
+    assert_same_change({key: got[key] for key in pairs}, merged(pairs))
+    assert not any(got[key].any() for key in both - pairs.keys())
 
 
 def test_bfloat16_is_read(tmp_path):

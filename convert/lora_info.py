@@ -10,8 +10,9 @@ import numpy as np
 
 from convert.loaders import described
 from convert.lora_read import Entry, read_entries
+from convert.lora_write import each, each_change
 from wanjax.checkpoint import is_native_adapter, load_lora
-from wanjax.lora import LoRA, in_a_block
+from wanjax.lora import LoRA
 from wanjax.tensor_files import read_safetensors
 
 _HEAD = ("layer", "blocks", "rank", "scale", "norm of the change")
@@ -52,19 +53,23 @@ def lora_info(path: Path) -> str:
 def _total(facts: list[Fact]) -> str:
     pairs = [fact for fact in facts if fact.rank]
     changed = len(facts) - len(pairs)
-    blocks = {fact.block for fact in facts} - {None}
+    blocks = {fact.block for fact in facts}
+    inside = [f"in {len(blocks - {None})} blocks"] if blocks - {None} else []
+    where = " and ".join(
+        inside + ["outside of them" if inside else "outside of the blocks"] * (None in blocks)
+    )
     whole = f" and {changed:,} parameters changed as they stand" if changed else ""
-    return f"{len(pairs):,} adapted matrices{whole}, in {len(blocks)} blocks and outside of them"
+    return f"{len(pairs):,} adapted matrices{whole}, {where}"
 
 
 def _facts(lora: LoRA) -> Iterable[Fact]:
     for name, adapter in lora.layers.items():
-        numbers = adapter.numbers if in_a_block(name) else [None]
-        for block, down, up in zip(numbers, adapter.down, adapter.up):
+        for block, down, up in each(adapter, name):
             norm = _norm(down.T, up.T, adapter.scale)
             yield Fact(name, block, adapter.rank, adapter.scale, norm)
     for name, change in lora.changes.items():
-        yield Fact(name, None, 0, 1.0, float(np.linalg.norm(change.values)))
+        for block, values in each_change(name, change):
+            yield Fact(name, block, 0, 1.0, float(np.linalg.norm(values)))
 
 
 def _facts_of_entry(entry: Entry) -> Iterable[Fact]:

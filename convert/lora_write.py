@@ -34,7 +34,7 @@ def to_comfyui(lora: LoRA) -> Tensors:
     """The file's tensors in fp32, alpha folded into B."""
     tensors: Tensors = {}
     for name, adapter in _with_image_pair(lora.layers).items():
-        for i, down, up in _each(adapter, name):
+        for i, down, up in each(adapter, name):
             layer = "diffusion_model." + _numbered(by_layer()[name].official, i)
             tensors[f"{layer}.lora_A.weight"] = np.ascontiguousarray(down.T)
             tensors[f"{layer}.lora_B.weight"] = _folded(adapter, up)
@@ -43,7 +43,7 @@ def to_comfyui(lora: LoRA) -> Tensors:
         row, end = (
             (module.weight, "diff") if name == module.weight.ours else (module.bias, "diff_b")
         )
-        for i, values in _each_change(name, change):
+        for i, values in each_change(name, change):
             layer = "diffusion_model." + _numbered(module.official, i)
             tensors[f"{layer}.{end}"] = np.ascontiguousarray(row.op.to_theirs(values))
     return tensors
@@ -54,7 +54,7 @@ def to_diffusers(lora: LoRA) -> Tensors:
     _refuse_changes(lora, "diffusers reads no changes of norms, biases or whole weights")
     tensors: Tensors = {}
     for name, adapter in lora.layers.items():
-        for i, down, up in _each(adapter, name):
+        for i, down, up in each(adapter, name):
             layer = "transformer." + _numbered(by_layer()[name].diffusers, i)
             tensors[f"{layer}.lora_A.weight"] = np.ascontiguousarray(down.T)
             tensors[f"{layer}.lora_B.weight"] = _folded(adapter, up)
@@ -72,7 +72,7 @@ def to_kohya(lora: LoRA) -> Tensors:
         )
     tensors: Tensors = {}
     for name, adapter in lora.layers.items():
-        for i, down, up in _each(adapter, name):
+        for i, down, up in each(adapter, name):
             layer = "lora_unet_" + _numbered(by_layer()[name].official, i).replace(".", "_")
             tensors[f"{layer}.lora_down.weight"] = np.ascontiguousarray(down.T)
             tensors[f"{layer}.lora_up.weight"] = np.ascontiguousarray(up.T)
@@ -110,13 +110,13 @@ def write_lora(path: Path, lora: LoRA, layout: str, dtype: np.dtype) -> None:
             writer.write(name, tensor)
 
 
-def _each(adapter: LayerAdapter, name: str) -> Iterator[tuple[int | None, np.ndarray, np.ndarray]]:
+def each(adapter: LayerAdapter, name: str) -> Iterator[tuple[int | None, np.ndarray, np.ndarray]]:
     """The adapter of every block with its number, or the one of a layer outside of the blocks."""
     numbers = adapter.numbers if in_a_block(name) else [None]
     return zip(numbers, adapter.down, adapter.up)
 
 
-def _each_change(name: str, change: Change) -> Iterator[tuple[int | None, np.ndarray]]:
+def each_change(name: str, change: Change) -> Iterator[tuple[int | None, np.ndarray]]:
     if "{i}" not in by_parameter()[name].official:
         return iter([(None, change.values)])
     numbers = range(len(change.values)) if change.blocks is None else change.blocks
@@ -186,7 +186,7 @@ def _peft_config(lora: LoRA) -> dict[str, object]:
     ranks = {
         _numbered(by_layer()[name].diffusers, i): adapter.rank
         for name, adapter in lora.layers.items()
-        for i, _, _ in _each(adapter, name)
+        for i, _, _ in each(adapter, name)
     }
     most = max(ranks.values(), default=1)
     others = {name: rank for name, rank in ranks.items() if rank != most}

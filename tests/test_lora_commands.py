@@ -204,6 +204,38 @@ def test_info_tells_rank_scale_and_norm_of_every_layer(tmp_path, capsys):
     assert "not for ComfyUI ('lora_te_x.alpha' is not loaded)" in said
 
 
+@pytest.mark.parametrize(
+    "keys, where",
+    [
+        (("blocks.0.self_attn.q", "blocks.2.self_attn.q"), "2 adapted matrices, in 2 blocks"),
+        (("time_embedding.2",), "1 adapted matrices, outside of the blocks"),
+        (
+            ("blocks.1.self_attn.q", "time_embedding.2"),
+            "2 adapted matrices, in 1 blocks and outside of them",
+        ),
+    ],
+)
+def test_info_tells_where_the_layers_are(keys, where, tmp_path, capsys):
+    ones = {"lora_A": np.ones((2, 48), "f"), "lora_B": np.ones((48, 2), "f")}
+    tensors = {f"diffusion_model.{k}.{x}.weight": one for k in keys for x, one in ones.items()}
+    main(["lora-info", str(save(tmp_path / "a.safetensors", tensors))])
+    assert capsys.readouterr().out.splitlines()[0].endswith(where)
+
+
+def test_info_tells_the_same_of_a_native_file(adapter, tmp_path, capsys):
+    """Its matrices and its changes, in which blocks, with which norm."""
+    convert_lora(adapter, tmp_path / "n.safetensors", "native")
+    convert_lora(tmp_path / "n.safetensors", tmp_path / "o.safetensors", "comfyui")
+    said = []
+    for name in ("n.safetensors", "o.safetensors"):
+        main(["lora-info", str(tmp_path / name)])
+        first, *lines = capsys.readouterr().out.splitlines()
+        rows = [line.split() for line in lines if " whole " in line]
+        said.append((first.partition(": ")[2], rows))
+    assert said[0] == said[1]
+    assert ["blocks.norm_cross.scale", "1", "whole"] in [row[:3] for row in said[0][1]]
+
+
 TAKEN = {  # by the page: who loads a file of each family that has all layers
     "comfyui": {"ComfyUI", "diffusers", "diffusion-pipe"},
     "comfyui, kohya names": {"ComfyUI", "diffusers"},

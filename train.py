@@ -64,9 +64,9 @@ def main() -> None:
     initial, made_by = initial_adapter(job)
     mesh = parse_mesh(job.mesh)
     check_config(job.settings, mesh)
+    check_model(preset, job, mesh, initial)
     features = Features.open(job.features)
     check_belongs(features, job)
-    check_model(preset, job, mesh, initial)
     if job.settings.validate_every:
         features.source("validation")  # or a sentence, now and not at the first validation
     loader = make_loader(
@@ -241,16 +241,20 @@ def fixed_by_adapter(job: TrainJob) -> tuple[str, dict[str, Any]]:
     initial, _ = initial_adapter(job)
     begun = None if initial is not None else begun_from(job)
     names = ("rank", "alpha", "targets")
-    settings = {n: begun[n] for n in names} if begun else lora.train_settings(initial)
-    return f"--init-lora {job.init_lora}", settings
+    option = f"--init-lora {job.init_lora}"
+    settings = {n: begun[n] for n in names} if begun else lora.train_settings(initial, option)
+    return option, settings
 
 
 def check_model(
     preset: str, job: TrainJob, mesh: Mesh | None, initial: lora.LoRA | None = None
 ) -> None:
-    """Refuse, before weights are read, what is not for this model: a preset, targets, a mesh, an
-    adapter to start from."""
-    config = read_config(job.checkpoint)["dit"]
+    """Refuse, before features and weights are read, what is not for this model: a preset, targets,
+    a mesh, an adapter to start from."""
+    configs = read_config(job.checkpoint)
+    if "dit" not in configs:
+        raise UserError(f"{job.checkpoint} holds no dit to train; convert it again, with it.")
+    config = configs["dit"]
     check_preset(preset, job.checkpoint, config)
     if job.settings.train == "lora":
         base = job.settings.base
@@ -271,8 +275,6 @@ def check_belongs(features: Features, job: TrainJob) -> None:
                 f"{job.features} was encoded by another {name} than the one in {job.checkpoint}; "
                 "encode again with this checkpoint."
             )
-    if "dit" not in configs:
-        raise UserError(f"{job.checkpoint} holds no dit to train; convert it again, with it.")
     dit, spec = configs["dit"], features.spec
     channels = spec.latents[-1] + (0 if spec.condition is None else spec.condition[-1])
     given = {

@@ -69,19 +69,21 @@ def lora_extract(
 def lora_resize(
     src: Path, out: Path, rank: int, format: str = "comfyui", dtype: str = "float32"
 ) -> str:
-    """Write an adapter whose every matrix has `rank`, or less where it had less, in its best
-    approximation; changes of whole parameters stay."""
+    """Write an adapter whose every matrix has `rank`: in its best approximation, or filled up with
+    zeros where it had less. Changes of whole parameters stay."""
     lora = open_lora(src)
     most = max((adapter.rank for adapter in lora.layers.values()), default=0)
     if not 1 <= rank <= most:
         raise UserError(f"rank={rank} is not a lesser rank than that of {src}; use 1 to {most}.")
     layers, covered = {}, _Share()
     for name, adapter in lora.layers.items():
-        least = min(rank, adapter.rank)
         folded = adapter.up * np.float32(adapter.scale)
-        pairs = [_shrunk(*pair, least, covered) for pair in zip(adapter.down, folded)]
+        pairs = [_shrunk(*pair, rank, covered) for pair in zip(adapter.down, folded)]
         down, up = (np.stack(x) for x in zip(*pairs))
-        layers[name] = replace(adapter, down=down, up=up, alpha=float(least))
+        missing = rank - down.shape[-1]
+        down = np.pad(down, ((0, 0), (0, 0), (0, missing)))
+        up = np.pad(up, ((0, 0), (0, missing), (0, 0)))
+        layers[name] = replace(adapter, down=down, up=up, alpha=float(rank))
     write(out, replace(lora, layers=layers), format, dtype)
     return f"{out}: {describe(replace(lora, layers=layers))}\n{covered} of the change is covered"
 

@@ -1,6 +1,7 @@
 """Training that starts from an adapter: its first weights, its settings, and going on."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -9,7 +10,15 @@ import pytest
 from flax import nnx
 
 from convert.lora import convert_lora, open_lora
-from tests.adapters import in_family, random_pairs, save
+from convert.lora_svd import lora_resize
+from tests.adapters import (
+    assert_same_change,
+    in_family,
+    merged,
+    merged_by_us,
+    random_pairs,
+    save,
+)
 from tests.scripts import call
 from tests.toy import SMALL, dit_inputs, toy_batch, toy_dit
 from wanjax import lora
@@ -53,12 +62,31 @@ def test_targets_have_the_name_of_a_preset_where_they_are_one(tmp_path):
 
 def test_what_training_could_not_have_made_is_refused_with_a_remedy(tmp_path):
     path = tmp_path / "a.safetensors"
-    mixed = adapter(path, ranks=(2, 4))
-    with pytest.raises(UserError, match=r"several.*lora-resize --rank"):
-        train_settings(mixed)
+    for alpha in (0, -4):
+        flat = adapter(path, lambda n, alpha=alpha: np.float32(alpha))
+        with pytest.raises(UserError, match=rf"and it\.safetensors has alpha={alpha};"):
+            train_settings(flat, "it.safetensors")
     norm = {"diffusion_model.blocks.0.norm3.diff": np.ones(48, np.float32)}
     with pytest.raises(UserError, match=r"changes blocks\.norm_cross\.scale.*lora-merge"):
         train_settings(open_lora(save(path, norm)))
+
+
+def test_the_remedy_for_several_ranks_loses_nothing(tmp_path):
+    """The rank that the refusal names; and what is filled up learns as well."""
+    pairs = random_pairs(SMALL, layers=("self_attn.q", "cross_attn.v"), ranks=(2, 5))
+    path = save(tmp_path / "a.safetensors", in_family("musubi", pairs))
+    with pytest.raises(UserError, match=r"several.*lora-resize --rank \d") as refused:
+        train_settings(open_lora(path))
+    rank = int(re.search(r"--rank (\d+)", str(refused.value))[1])
+    lora_resize(path, tmp_path / "b.safetensors", rank)
+    start = open_lora(tmp_path / "b.safetensors")
+    assert_same_change(merged_by_us(start), merged(pairs), 2e-6)
+    trainer = Trainer(toy_dit(), replace(CONFIG, **train_settings(start)), None, start)
+    before = lora.extract(trainer.model()).layers["self_attn.q"]
+    assert before.down.any(axis=-2).all()
+    trainer.train(toy_batch())
+    after = lora.extract(trainer.model()).layers["self_attn.q"]
+    assert (after.up != before.up).any(axis=-1).all()
 
 
 def test_a_run_starts_from_a_run_and_goes_on_without_it(world, features, trained, tmp_path):
@@ -94,6 +122,10 @@ def test_an_adapter_of_another_model_is_refused_before_weights_are_read(world, f
     call_words = ("train.py", "nano", *words, "--init-lora", "a.safetensors")
     said = call(*call_words, cwd=tmp_path, code=2)
     assert "made for another model" in said and not (tmp_path / "r").exists()
+    nowhere = ("--features", "nowhere")  # features are opened after that
+    assert "made for another model" in call(
+        "train.py", "nano", *nowhere, *call_words[4:], cwd=tmp_path, code=2
+    )
     said = call(*call_words, "--train", "full", cwd=tmp_path, code=2)
     assert "--init-lora says nothing with --train full" in said
 

@@ -181,26 +181,32 @@ def attach(
         layer.lora = Adapter(down, up, alpha / rank, layer.axes)
 
 
-def train_settings(lora: LoRA) -> dict[str, object]:
+def train_settings(lora: LoRA, where: str = "the adapter") -> dict[str, object]:
     """Rank, alpha and targets with which training goes on from an adapter.
 
-    Raises `UserError` for one that training here could not have made.
+    Raises `UserError`, with `where` in it, for one that training here could not have made.
     """
     outside = [*(name for name in lora.layers if not in_a_block(name)), *lora.changes]
     if outside or not lora.layers:
         raise UserError(
-            "Training goes on from adapters of the blocks only, and this one "
+            f"Training goes on from adapters of the blocks only, and {where} "
             f"{'changes ' + some(outside) if outside else 'has none'}; use another adapter, or "
             "merge this one into the base with `python -m convert lora-merge`."
         )
     kinds = {(adapter.rank, adapter.scale) for adapter in lora.layers.values()}
     if len(kinds) > 1:
-        least = min(rank for rank, _ in kinds)
+        most = max(rank for rank, _ in kinds)
         raise UserError(
-            "Training goes on from adapters whose layers have one rank and one alpha, and this one "
-            f"has several; give it one with `python -m convert lora-resize --rank {least}`."
+            "Training goes on from adapters whose layers have one rank and one alpha, and "
+            f"{where} has several; give it one with `python -m convert lora-resize --rank {most}`, "
+            "which loses nothing."
         )
     ((rank, scale),) = kinds
+    if scale <= 0:
+        raise UserError(
+            f"Training goes on from adapters with an alpha above zero, and {where} has "
+            f"alpha={rank * scale:g}; use another adapter."
+        )
     preset = [name for name, roles in TARGETS.items() if set(roles) == lora.layers.keys()]
     roles = ",".join(role for role in TARGETS["all"] if role in lora.layers)
     return {"rank": rank, "alpha": rank * scale, "targets": preset[0] if preset else roles}
@@ -208,14 +214,18 @@ def train_settings(lora: LoRA) -> dict[str, object]:
 
 def start_from(model: nnx.Module, lora: LoRA) -> None:
     """Give attached adapters the weights of a `LoRA` of the same rank and alpha, in place. Blocks
-    that it does not adapt keep the fresh ones that they have."""
+    that it does not adapt keep the fresh ones that they have, and so do ranks that were filled up:
+    where `down` and `up` are zero, so is the gradient of both."""
     for role, layer in linears(model):
         if role in lora.layers:
             given = lora.layers[role]
             blocks = np.asarray(given.numbers)
-            for part in ("down", "up"):
-                variable = getattr(layer.lora, part)
-                variable[...] = variable[...].at[blocks].set(getattr(given, part))
+            down, up = layer.lora.down, layer.lora.up
+            filled = ~given.down.any(axis=-2) & ~given.up.any(axis=-1)
+            fresh = down[...][blocks]
+            first = jnp.where(filled[:, None, :], fresh, given.down)
+            down[...] = down[...].at[blocks].set(first)
+            up[...] = up[...].at[blocks].set(given.up)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

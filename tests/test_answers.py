@@ -102,6 +102,9 @@ def signed(study: Path, path: Path, edit) -> Path:
         (lambda c: c["answers"].__setitem__(0, None), "the page cannot give"),
         (lambda c: c.update(answers=7), "the page cannot give"),
         (lambda c: c.pop("rater"), "the page cannot give"),
+        (lambda c: c.update(rater=7), "the page cannot give"),
+        (lambda c: c.update(rater=""), "does not name its rater"),
+        (lambda c: c.update(rater=" \u00a0\t"), "does not name its rater"),
     ],
 )
 def test_what_the_page_never_saves_is_refused(study, tmp_path, edit, said):
@@ -110,9 +113,17 @@ def test_what_the_page_never_saves_is_refused(study, tmp_path, edit, said):
 
 def test_doubled_answers_are_refused(study, tmp_path):
     first = write_answers(study, "Anna", by_label, tmp_path / "a.json")
-    second = write_answers(study, "anna", by_label, tmp_path / "b.json")
-    assert "both of the rater" in refusal(study, first, second)
+    for other in ("anna", "Anna ", "\tANNA\u00a0"):
+        second = write_answers(study, other, by_label, tmp_path / "b.json")
+        assert "both of the rater" in refusal(study, first, second)
     assert "both of the rater" in refusal(study, first, first)
+
+
+def test_a_rater_is_the_same_however_the_name_is_typed(study, tmp_path):
+    first = write_answers(study, "Zo\u00eb  Lee", by_label, tmp_path / "a.json")
+    second = write_answers(study, "zoe\u0308 lee", by_label, tmp_path / "b.json")
+    assert read_visits([first], read_study(study))[0].rater == "Zo\u00eb Lee"
+    assert "both of the rater" in refusal(study, first, second)
 
 
 def test_answers_to_another_study_are_refused(study, tmp_path):

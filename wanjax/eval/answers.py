@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from wanjax.errors import UserError, some
 from wanjax.eval.survey import FORMAT, VERSION, digest_of
@@ -77,7 +78,7 @@ def read_visits(files: Sequence[PathLike], study: Study) -> list[Visit]:
     visits: dict[str, Visit] = {}
     for file in map(Path, files):
         visit = _read_visit(file, study)
-        name = visit.rater.casefold()
+        name = normalize("NFC", visit.rater).casefold()
         if name in visits:
             raise UserError(
                 f"{visits[name].file} and {file} are both of the rater '{visit.rater}'; keep one."
@@ -105,11 +106,13 @@ def _read_visit(file: Path, study: Study) -> Visit:
         )
     try:
         given = [(entry["trial"], _answer(entry, study)) for entry in found["answers"]]
-        rater = str(found["rater"])
-    except (KeyError, TypeError, ValueError) as error:
+        rater = " ".join(found["rater"].split())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{file} holds an answer that the page cannot give; ask for the file again."
         ) from error
+    if not rater:
+        raise UserError(f"{file} does not name its rater; ask for the file as the page gave it.")
     answers = dict(given)
     if len(answers) < len(given):
         raise UserError(f"{file} answers a pair twice; ask for the file as the page gave it.")

@@ -21,7 +21,7 @@ from pathlib import Path
 from configs import parse_job
 from configs.evaluate import EvaluateJob, RanksJob, VideosJob
 from configs.survey import survey
-from wanjax.errors import UserError, run_script, some
+from wanjax.errors import UserError, run_script
 from wanjax.eval.analysis import analyse
 from wanjax.eval.measuring import Measured, Measurer, Sets
 from wanjax.eval.metrics import Metric, chosen_metrics
@@ -71,7 +71,7 @@ def compare(job: EvaluateJob) -> None:
 def study_ranks(job: RanksJob) -> None:
     """Ranks with each other, by their runs."""
     runs = parse_runs(job.runs)
-    costs = {} if job.costs is None else read_costs(job.costs)
+    costs = {} if job.costs is None else read_costs(job.costs, {rank for rank, *_ in runs.values()})
     folders = {label: Path(folder) for label, (_, _, folder) in runs.items()}
     done = measure(job, folders, unlike_runs)
     by_label = {label: (rank, seed) for label, (rank, seed, _) in runs.items()}
@@ -95,8 +95,7 @@ def measure(
     """All that the metrics need of the real and the generated videos; `check` says more of these,
     or refuses them, before anything is measured."""
     has_prompts, has_clip = job.prompts is not None, job.clip is not None
-    names = [name.strip() for name in job.metrics.split(",") if name.strip()]
-    metrics = chosen_metrics(names, has_prompts=has_prompts, has_clip=has_clip)
+    metrics = chosen_metrics(job.names, has_prompts=has_prompts, has_clip=has_clip)
     refuse_existing(job.out)
     require_writable(job.out)
     sets = {label: read_set(folder) for label, folder in {REAL: job.real, **generated}.items()}
@@ -186,10 +185,8 @@ def describe(job: VideosJob, sets: Sets, view: View, metrics: list[Metric]) -> A
     if job.clip is not None:
         settings["clip"] = os.fspath(job.clip.name)
     said = [note for label, about in described.items() for note in notes(label, about)]
-    alone = unpaired(sets) if any(metric.needs == "pairs" for metric in metrics) else {}
-    said += [
-        f"{label}: no real video has the name of {some(names)}." for label, names in alone.items()
-    ]
+    if any(metric.needs == "pairs" for metric in metrics):
+        said += unpaired(sets)
     return About(settings, said)
 
 

@@ -44,10 +44,14 @@ class VideosJob:
     seed: int = 0
     """Of that draw, of bootstraps and of permutations."""
 
+    @property
+    def names(self) -> list[str]:
+        """Of the metrics."""
+        return [name for part in self.metrics.split(",") if (name := part.strip())]
+
     def unread(self) -> dict[str, str]:
         """Options that say nothing, each with what makes them so."""
-        names = self.metrics.split(",")
-        found = {}
+        names, found = self.names, {}
         if not any(name.startswith("clip") for name in names):
             found["--clip"] = "no metric of CLIP among --metrics"
         if "clip_text" not in names:

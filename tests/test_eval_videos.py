@@ -155,7 +155,11 @@ def test_pairs_by_a_table(tmp_path):
     path.write_text('{"real": "a.mp4", "A": "y.mp4"}\n{"real": "b.mp4", "A": "x.mp4"}\n')
     paired = paired_by(path, sets)
     assert paired["A"]["a"].file.name == "y.mp4" and paired["A"]["b"].name == "b"
-    assert unpaired(paired) == {"A": ["z"]} and unpaired(sets) == {"A": ["x", "y", "z"]}
+    assert unpaired(paired) == ["A: no real video has the name of z."]
+    assert unpaired(sets) == [
+        "A: no real video has the name of x, y, z.",
+        "A: no video has the name of the real a, b.",
+    ]
     for line, said in [
         ('{"real": "a.mp4", "A": "n.mp4"}', "names n.mp4, which is not in A"),
         ('{"real": "a.mp4", "C": "x.mp4"}', "names the set 'C'"),

@@ -62,6 +62,7 @@ def test_the_better_set_is_found_better(report):
         assert sign * (good["value"] - bad["value"]) > 0, metric
         assert good["low"] <= good["value"] <= good["high"] and good["n"] == 7
     for found in report["comparisons"]:
+        assert found["common"] is None and "rests on" not in found["verdict"]
         assert found["paired"] and found["p_holm"] >= found["p"] >= 2 / 2**7
         # Seven shots are enough for one question, and not for seven.
         assert "too few to tell: 7 shots give no p below 0.11" in found["verdict"]
@@ -189,6 +190,10 @@ def test_unequal_numbers_are_refused_or_drawn(folder, tmp_path):
     # Unpaired videos are named, and only pairs are compared.
     found = evaluate(tmp_path, "c", "--metrics", "psnr")
     assert found["psnr"]["good"]["n"] == 7 and found["psnr"]["bad"]["n"] == 6
+    assert found["comparisons"][0]["verdict"].endswith(
+        "the 6 videos that both have, without the others."
+    )
+    assert f"bad: no video has the name of the real {NAMES[0]}." in found["settings"]["notes"]
     (tmp_path / "bad" / f"{NAMES[1]}.mp4").rename(tmp_path / "bad" / "stray.mp4")
     found = evaluate(tmp_path, "d", "--metrics", "psnr")
     assert "bad: no real video has the name of stray." in found["settings"]["notes"]
@@ -208,6 +213,10 @@ def test_a_set_without_a_pair_is_refused(folder, tmp_path):
         (("--metrics", "fvdd"), "There is no metric 'fvdd'; did you mean 'fvd'"),
         (("--metrics", "clip_frames"), "clip_frames needs a CLIP"),
         (("--metrics", "psnr", "--clip", "ck"), "--clip says nothing"),
+        (("--metrics", ""), "--metrics names none"),
+        (("--metrics", " , "), "--metrics names none"),
+        (("--metrics", "psnr, lpips", "--lpips", "vgg16", "--height", 64), "Give both --height"),
+        (("--metrics", " clip_frames", "--clip", "ck", "--height", 64), "Give both --height"),
         (("--metrics", "psnr", "--height", 64), "Give both --height and --width"),
         (("--metrics", "psnr", "--frames", 400), "fewer than --frames 400"),
         (("--metric", "psnr"), "There is no option '--metric'"),
@@ -252,6 +261,9 @@ def test_a_study_of_ranks(folder, tmp_path):
     (tmp_path / "costs.jsonl").write_text('{"hours": 2}\n')
     said = ranks(tmp_path, "b", "--metrics", "psnr", "--costs", "costs.jsonl", code=2)
     assert "costs.jsonl:1 needs a rank of its own" in said
+    (tmp_path / "costs.jsonl").write_text('{"rank": 4, "hours": 2}\n{"rank": 16, "hours": 2}\n')
+    said = ranks(tmp_path, "b", "--metrics", "psnr", "--costs", "costs.jsonl", code=2)
+    assert "costs.jsonl:2 has the rank 16, of which there is no run" in said
     for name in NAMES[1:3]:
         (tmp_path / "good" / f"{name}.mp4").unlink()
     assert "no video in common by name for psnr" in ranks(tmp_path, "b", *QUICK, code=2)

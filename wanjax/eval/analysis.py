@@ -164,4 +164,6 @@ def _compare_scores(
         difference = bootstrap_distance(apart, (x, y), labels, draws=10_000, seed=seed)
         p = pooled_p(mean_difference, x, y, *units, seed=seed)
     least = smallest_p(len(x), len(y), paired=paired)
-    return Comparison(name, a, b, difference, p, p, least, min(len(x), len(y)), paired)
+    rests_on = len(common) if paired and set(scores[a]) != set(scores[b]) else None
+    fewest = min(len(x), len(y))
+    return Comparison(name, a, b, difference, p, p, least, fewest, paired, rests_on)

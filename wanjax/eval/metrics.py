@@ -53,8 +53,12 @@ ALWAYS = ("scipy", "statsmodels")
 
 
 def chosen_metrics(names: Sequence[str], *, has_prompts: bool, has_clip: bool) -> list[Metric]:
-    """The metrics of these names. Raises `UserError` for one that is unknown, lacks what it needs,
-    or whose packages are not installed."""
+    """The metrics of these names. Raises `UserError` for none, and for one that is unknown, lacks
+    what it needs, or whose packages are not installed."""
+    if not names:
+        raise UserError(
+            "--metrics names none, so that nothing would be measured; name one or more."
+        )
     for name in names:
         if name not in METRICS:
             raise UserError(f"There is no metric '{name}'{nearest(name, METRICS)}")

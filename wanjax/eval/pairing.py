@@ -96,11 +96,17 @@ def _renamed(
     return {new: replace(clips[old], name=new) for old, new in names.items()}
 
 
-def unpaired(sets: Mapping[str, Mapping[str, ClipFile]], real: str = REAL) -> dict[str, list[str]]:
-    """Per set the names of the videos that have no real one."""
-    others = {label: clips for label, clips in sets.items() if label != real}
-    found = {label: sorted(set(clips) - set(sets[real])) for label, clips in others.items()}
-    return {label: names for label, names in found.items() if names}
+def unpaired(sets: Mapping[str, Mapping[str, ClipFile]]) -> list[str]:
+    """Sentences that name the videos of each set that have no real one, and the real ones that have
+    none in the set."""
+    said = []
+    for label, clips in sets.items():
+        strays, lacking = sorted(set(clips) - set(sets[REAL])), sorted(set(sets[REAL]) - set(clips))
+        if strays:
+            said.append(f"{label}: no real video has the name of {some(strays)}.")
+        if lacking:
+            said.append(f"{label}: no video has the name of the real {some(lacking)}.")
+    return said
 
 
 def _found(file: str, label: str, sets: Mapping[str, Mapping[str, ClipFile]], where: str) -> str:

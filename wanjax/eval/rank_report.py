@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -21,13 +21,16 @@ from wanjax.text_files import read_objects
 Costs = Mapping[int, Mapping[str, object]]  # what is to stand beside each rank, by name
 
 
-def read_costs(path: Path) -> dict[int, dict[str, object]]:
-    """JSON lines of what is to stand beside ranks: {"rank": 4, "parameters": 9830400, ...}."""
+def read_costs(path: Path, ranks: Collection[int]) -> dict[int, dict[str, object]]:
+    """JSON lines of what is to stand beside `ranks`: {"rank": 4, "parameters": 9830400, ...}.
+    Raises `UserError`, with the line, for a rank that is none of these, or is there twice."""
     found: dict[int, dict[str, object]] = {}
     for where, entry in read_objects(path):
         rank = entry.pop("rank", None)
         if not isinstance(rank, int) or isinstance(rank, bool) or rank in found:
             raise UserError(f'{where} needs a rank of its own; write {{"rank": 4, "hours": 2.5}}.')
+        if rank not in ranks:
+            raise UserError(f"{where} has the rank {rank}, of which there is no run; leave it out.")
         found[rank] = entry
     return found
 

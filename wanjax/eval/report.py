@@ -71,6 +71,7 @@ def as_json(findings: Findings, about: About) -> dict[str, object]:
             "smallest_p": found.least,
             "shots": found.shots,
             "paired": found.paired,
+            "common": found.common,
             "verdict": sentence,
         }
         for found, sentence in zip(findings.comparisons, findings.verdicts)

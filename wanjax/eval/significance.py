@@ -171,8 +171,8 @@ def frechet_infinity(x: Features, y: Features, seed: int = 0) -> float:
 @dataclass(frozen=True)
 class Comparison:
     """Of two sets in one metric: B's value less A's, its interval, and p-values before and after
-    the correction for many comparisons. `least` is the smallest
-    corrected p that so few shots can give."""
+    the correction for many comparisons. `least` is the smallest corrected p that so few shots can
+    give; `common` the number of videos that both have, where the comparison leaves others out."""
 
     metric: str
     a: str
@@ -183,12 +183,19 @@ class Comparison:
     least: float
     shots: int
     paired: bool
+    common: int | None = None
 
 
 def verdict(found: Comparison, direction: Direction) -> str:
     """One sentence, which says no more than the numbers do."""
-    if found.a == REAL:
-        return _verdict_on_real(found)
+    said = _verdict_on_real(found) if found.a == REAL else _verdict_on_sets(found, direction)
+    if found.common is None:
+        return said
+    which = f"{found.common} video{'s' * (found.common != 1)}"
+    return f"{said[:-1]}; this rests on the {which} that both have, without the others."
+
+
+def _verdict_on_sets(found: Comparison, direction: Direction) -> str:
     of, a, b = found.difference, found.a, found.b
     shots = _shots(found.shots)
     numbers = f"{of} ({_p(found.corrected)}, {shots}{'' if found.paired else ' a set'})"

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from configs import SampleJob, check_preset, command_line, parse_mesh
+from configs import SampleJob, check_preset, command_line, contradiction, parse_mesh
 from convert.lora import open_lora
 from convert.lora_commands import with_strength
 from wanjax import __version__
@@ -319,10 +319,7 @@ def read_jobs(job: SampleJob) -> list[SampleJob]:
         video = replace(job, **parse_job(given, where))
         for name, value in job.fixed().items():
             if getattr(video, name) != value:
-                raise UserError(
-                    f"{where}: {name}={given[name]!r} contradicts --fast, which makes it {value}; "
-                    "leave one of them out."
-                )
+                raise contradiction(f"{where}: {name}={given[name]!r}", "--fast", value)
         place = None if video.out is None else latents_path(video.out.resolve())
         if place in places:
             raise UserError(f"{where} writes {video.out}, as an earlier line does.")

@@ -5,7 +5,7 @@ command line overrides any of them. The architecture is never set here: it comes
 checkpoint's own config.
 """
 
-from configs.command_line import command_line, parse_axes, parse_job, parse_mesh
+from configs.command_line import command_line, contradiction, parse_axes, parse_job, parse_mesh
 from configs.jobs import EncodeJob, SampleJob, TrainJob
 from configs.presets import PRESETS, Preset, check_preset
 
@@ -17,6 +17,7 @@ __all__ = [
     "TrainJob",
     "check_preset",
     "command_line",
+    "contradiction",
     "parse_axes",
     "parse_job",
     "parse_mesh",

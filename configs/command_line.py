@@ -76,11 +76,14 @@ def _fix(job: Job, given: Mapping[str, Any], reason: str, values: Mapping[str, A
     for name, value in values.items():
         option = "--" + name.replace("_", "-")
         if option in given and said[option] != value:
-            raise UserError(
-                f"{option} {' '.join(given[option])} contradicts {reason}, which makes it {value}; "
-                "leave one of them out."
-            )
+            raise contradiction(f"{option} {' '.join(given[option])}", reason, value)
     return _with(job, values)
+
+
+def contradiction(said: str, reason: str, value: Any) -> UserError:
+    """That `said` is not the value that the option `reason` sets; None has nothing to show."""
+    does = "sets that itself" if value is None else f"makes it {value}"
+    return UserError(f"{said} contradicts {reason}, which {does}; leave one of them out.")
 
 
 def _with(job: Any, values: Mapping[str, Any]) -> Any:
@@ -139,11 +142,12 @@ def _grouped(
     """
     stray: list[str] = []
     given: dict[str, list[str]] = {}
+    spelled: dict[str, str] = {}  # as it was given: a switch may be --no-SWITCH
     values = stray
     last = ""
     for word in words:
         option, equals, value = word.partition("=")
-        option = option.replace("_", "-")
+        option = spelling = option.replace("_", "-")
         is_text = last in texts and not values and option not in known
         if is_text or not word.startswith("--"):
             values.append(word)
@@ -151,13 +155,19 @@ def _grouped(
         if not (equals or option in known) and _switched_on(option) in switches:
             option, equals, value = _switched_on(option), "=", "False"
         if option in given and not isinstance(known.get(option), tuple):
-            raise UserError(f"{option} is given twice; leave one of them out.")
+            raise UserError(_given_again(spelled[option], spelling))
+        spelled[option] = spelling
         last, values = option, given.setdefault(option, [])
         values += [value] if equals else []
     for option, values in given.items():
         if option in switches and not values:
             values.append("True")
     return stray, given
+
+
+def _given_again(first: str, second: str) -> str:
+    what = f"{first} is given twice" if first == second else f"{first} and {second} are both given"
+    return f"{what}; leave one of them out."
 
 
 def _switched_on(option: str) -> str:

@@ -86,6 +86,14 @@ def test_lists_add_up_and_all_else_is_given_once():
             sampled(*words)
 
 
+@pytest.mark.parametrize("words", [("--fast", "--no-fast"), ("--no-fast", "--fast")])
+def test_a_switch_on_and_off_is_told_as_both(words):
+    with pytest.raises(UserError, match=f"{words[0]} and {words[1]} are both given; leave one"):
+        sampled(*words)
+    with pytest.raises(UserError, match=f"{words[0]} is given twice"):
+        sampled(words[0], words[0])
+
+
 @pytest.mark.parametrize(
     ("words", "option", "other"),
     [

@@ -256,7 +256,10 @@ SAMPLE = {
     "lora is a folder": (("--lora", "clips"), "clips is not a run of train.py"),
     "fast and another solver": (("--fast", "--solver", "euler"), "--solver euler contradicts --f"),
     "fast and guidance": (("--fast", "--guidance", "5"), "--guidance 5 contradicts --fast, .* 1.0"),
-    "fast and sigmas": (("--fast", "--sigmas", "1", "0"), "--sigmas 1 0 contradicts --fast"),
+    "fast and sigmas": (
+        ("--fast", "--sigmas", "1", "0"),
+        "--sigmas 1 0 contradicts --fast, which sets that itself",
+    ),
     "fast and a job's steps": (
         ("--fast", "--jobs", "steps.jsonl"),
         "steps.jsonl:1: steps=8 contradicts --fast, which makes it 4",

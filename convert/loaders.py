@@ -7,7 +7,7 @@ Sources: ComfyUI `comfy/lora.py`; diffusers `loaders/lora_conversion_utils.py`; 
 from collections.abc import Collection
 
 from convert.lora_names import PREFIXES, SUFFIXES, Key, parse
-from wanjax.lora import CROSS_IMAGE, in_a_block
+from wanjax.lora import in_a_block
 
 _NOT_OF_COMFYUI = (".diff_m", ".lora_B.bias", ".lora_B.default.bias")
 _FUN = "lora_unet__blocks_0_cross_attn_k.lora_down.weight"
@@ -69,7 +69,7 @@ def _diffusers(names: Collection[str]) -> str:
 
 def _diffusers_original(keys: dict[str, Key]) -> str:
     down = ".lora_A." if any(".lora_A." in name for name in keys) else ".lora_down."
-    pairs = {(key.module.layer, key.block) for key in keys.values() if key.part == "down"}
+    pairs = {key.module.layer: name for name, key in keys.items() if key.part == "down"}
     if all(key.block is None for key in keys.values()):
         return "there is no key of a block"
     for name, key in keys.items():
@@ -77,14 +77,12 @@ def _diffusers_original(keys: dict[str, Key]) -> str:
             return f"'{name}' has another prefix"
         if key.part == "down" and down not in name:
             return f"'{name}' is of another form than the other pairs"
-        paired = (key.module.layer, key.block) in pairs
-        if key.part.startswith("diff") and not (key.part == "diff_b" and paired):
+        if key.part.startswith("diff") and not (key.part == "diff_b" and key.module.layer in pairs):
             return f"'{name}' is left out"
         if key.part == "alpha" and key.block is None:
             return f"'{name}' is no alpha of a block"
-    k_img, v_img = ({block for layer, block in pairs if layer == role} for role in CROSS_IMAGE)
-    if alone := k_img ^ v_img:
-        return f"k_img and v_img are wanted together, and block {min(alone)} has one of them"
+    if len({"cross_attn.k_img", "cross_attn.v_img"} & pairs.keys()) == 1:
+        return "k_img and v_img are wanted together"
     return ""
 
 

@@ -139,7 +139,8 @@ def _refuse_changes(lora: LoRA, reason: str) -> None:
 
 
 def _with_image_pair(layers: Mapping[str, LayerAdapter]) -> dict[str, LayerAdapter]:
-    """diffusers wants both image projections of a block or none: a missing one becomes zeros."""
+    """Both image projections of each block or none: a missing one becomes zeros. diffusers
+    wants both somewhere in the file, and with both in each block no reader is left to guess."""
     given = [layers[role] for role in CROSS_IMAGE if role in layers]
     blocks = sorted({i for adapter in given for i in adapter.numbers})
     both = {

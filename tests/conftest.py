@@ -1,17 +1,31 @@
 """A tiny world on disk, for the tests of the scripts: made once a session, by the scripts
 themselves, and read only."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.environment import forget_old_programs  # first of all: before anything imports JAX
+# First of all: before anything imports JAX.
+from tests.environment import MEMORY, forget_old_programs, memory_held  # isort: skip
+
+import jax
+
 from tests.scripts import SIZE, call, compiled_quickly, write_world
 
 
 def pytest_sessionstart() -> None:
     forget_old_programs()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_the_next_file() -> Iterator[None]:
+    """A worker that holds half of what it may lets its compiled programs go: they are on disk."""
+    yield
+    if memory_held() > MEMORY / 2:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -245,6 +245,7 @@ def table(reports: list[dict]) -> str:
 if __name__ == "__main__":
     # Optimised as users' programs are: without, sums are rounded more coarsely.
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    os.environ["NPROC"] = "64"  # a thread for every device in every exchange, or they wait forever
     warnings.filterwarnings("ignore", message="A mesh .* uses")
     reports = []
     if "--world" in sys.argv:

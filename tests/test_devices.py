@@ -138,6 +138,6 @@ def test_a_process_that_runs_out_of_memory_says_so(world, tmp_path):
     assert process.returncode == 2, said
     last = said.splitlines()[-1]
     assert last.startswith("error: The memory ran out in encoding 81 frames of 1280x1280 on 1 dev")
-    assert "were asked for" in last and "use --branches in-turn" in last
+    assert "were asked for" in last and "use --residency host" in last
     assert "Traceback" not in said
     assert not (tmp_path / "a.mp4").exists()

@@ -12,6 +12,8 @@ from configs import SampleJob
 from tests.scripts import SIZE, ended, film, last_said, run, start, stop_when
 from wanjax.errors import UserError
 from wanjax.latents import latents_path, read_latents, write_latents
+from wanjax.models.vae import VAEConfig
+from wanjax.sharding import one_device
 from wanjax.tensor_files import read_safetensors
 
 SETTINGS = {"seed": 1, "prompt": "a street", "sigmas": (1.0, 0.0), "image": None}
@@ -92,6 +94,8 @@ def test_no_room_for_the_video(world, whole, tmp_path):
 
 class Decoder:
     """A pipeline that only decodes."""
+
+    configs, mesh = {"vae": VAEConfig()}, one_device()
 
     def decode(self, latents):
         return film(0, frames=9) / np.float32(255)

@@ -145,4 +145,6 @@ def test_each_further_layer_takes_its_codes_alone(base, tmp_path):
     print(
         f"{growth / MB:.0f} MB, codes and scales {expected / MB:.0f}, a kernel {stacked / MB:.0f}"
     )
-    assert growth < 1.1 * expected < expected + stacked / 2, "the test would not tell"
+    # What the allocator keeps changes from run to run by a fifth of the codes; a stacked kernel in
+    # bf16 would be a half of `stacked`.
+    assert growth < expected + stacked / 4, "more than codes and a layer"

@@ -17,13 +17,14 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here touches
 os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+from wanjax.chips import GIB
 from wanjax.models.presets import ARCHITECTURES
 from wanjax.planning.plans import Phase, Request, plan
 from wanjax.planning.table import SIZES, Row, write
 from wanjax.planning.targets import parse_target
 from wanjax.training import TrainConfig
 
-GIB, GB = 1 << 30, 10**9
+GB = 10**9
 MODEL = ARCHITECTURES["i2v_14b_720p"]
 DATA_2 = {"data": 2, "ulysses": 4}
 

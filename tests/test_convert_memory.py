@@ -9,11 +9,8 @@ the issue names, 7 GB, takes a minute and 14 GB of disk, and runs only when it i
 import json
 import math
 import os
-import re
 import shutil
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +22,7 @@ from convert.stream import Planned
 from convert.table import expand
 from convert.torch_files import write_torch
 from tests.checkpoints import hub_config
+from tests.processes import peak_memory
 from wanjax.models import Config
 from wanjax.models.dit import DiTConfig
 from wanjax.models.umt5 import UMT5Config
@@ -61,22 +59,7 @@ def sparse_dit(folder: Path) -> int:
     return size
 
 
-def peak_memory(*arguments: object) -> int:
-    """The most anonymous memory, in bytes, that the command is seen to hold."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "convert", *map(str, arguments)],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.DEVNULL,
-    )
-    peak = 0
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        if found := re.search(r"RssAnon:\s+(\d+) kB", status):
-            peak = max(peak, int(found[1]) * 1024)
-        time.sleep(0.005)
-    assert process.returncode == 0
-    return peak
+peak_of_convert = partial(peak_memory, "-m", "convert")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts RssAnon")
@@ -84,15 +67,19 @@ def peak_memory(*arguments: object) -> int:
 def test_safetensors_in_and_out(dtype, tmp_path):
     size = sparse_dit(tmp_path / "src")
     largest = 4 * max(math.prod(shape) for shape in shapes("dit", DIT).values())
-    limit = peak_memory("inspect", tmp_path / "src") + 2 * largest  # as promised
+    limit = peak_of_convert("inspect", tmp_path / "src") + 2 * largest  # as promised
     assert size > 2 * limit, "the test would not tell"
     casting = ("--dtype", dtype) if dtype else ()
     only = ("--only", "dit")
-    peaks = [peak_memory("pipeline", tmp_path / "src", tmp_path / "native", *only, *casting)]
+    peaks = [
+        peak_memory(
+            "-m", "convert", "pipeline", tmp_path / "src", tmp_path / "native", *only, *casting
+        )
+    ]
     shutil.rmtree(tmp_path / "src")
     if dtype is None:
         arguments = ("export", tmp_path / "native", tmp_path / "out", "--format", "official")
-        peaks.append(peak_memory(*arguments))
+        peaks.append(peak_of_convert(*arguments))
     print(
         f"{size / MB:.0f} MB in memory of {[round(p / MB) for p in peaks]} MB, limit {limit / MB}"
     )
@@ -109,11 +96,11 @@ def test_pth_in_and_out(tmp_path):
     arguments = ("export", tmp_path / "native", tmp_path / "out", "--format", "official")
     only = ("--only", "text_encoder")
     peaks = [
-        peak_memory("pipeline", tmp_path / "src", tmp_path / "native", *only),
-        peak_memory(*arguments, *only),
+        peak_of_convert("pipeline", tmp_path / "src", tmp_path / "native", *only),
+        peak_of_convert(*arguments, *only),
     ]
     largest, size = max(t.nbytes for t in planned), sum(t.nbytes for t in planned)
     # The embedding, half of the file, is never held: only the matrices that are transposed are.
-    limit = peak_memory("inspect", tmp_path / "src/models_t5.pth") + largest / 2
+    limit = peak_of_convert("inspect", tmp_path / "src/models_t5.pth") + largest / 2
     print(f"{size / MB:.0f} MB in {[round(p / MB) for p in peaks]} MB, limit {limit / MB:.0f} MB")
     assert max(peaks) < limit < size

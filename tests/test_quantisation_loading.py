@@ -4,13 +4,8 @@ Each in a process of its own: the devices must be there before JAX starts, and a
 sampled from outside. The weights of the second are a sparse file, which takes no disk.
 """
 
-import json
 import math
 import os
-import re
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.scripts import ENVIRONMENT, ROOT
+from tests.processes import on_eight_devices, peak_memory
 from wanjax.models.dit import DiTConfig
 from wanjax.tensor_files import SafetensorsWriter
 from wanjax.weights import (
@@ -73,19 +68,7 @@ print(json.dumps({
 def test_a_sharded_base_equals_the_whole_one(tmp_path):
     """Of nf4, whose codes are packed as well."""
     save_native(tmp_path / "ck", {"dit": random_network("dit", SPLIT, dtype=jnp.float32)})
-    # Eight devices that gather several arrays at once may each hold a thread; XLA's eight are then
-    # all waiting, and it gives up after 40 s.
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "64"}
-    done = subprocess.run(
-        [sys.executable, "-c", ON_A_MESH, str(tmp_path / "ck"), "nf4"],
-        env=os.environ | ENVIRONMENT | flags,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = on_eight_devices(ON_A_MESH, tmp_path / "ck", "nf4")
     assert found["share"] == 1 / 8
     assert len(found["distance"]) == 2 and max(found["distance"]) <= TOLERANCE
 
@@ -112,24 +95,6 @@ load_network(sys.argv[1], "dit", dtype="bfloat16", base=sys.argv[2])
 """
 
 
-def peak_memory(*words: object) -> int:
-    """The most anonymous memory, in bytes, that LOAD is seen to hold."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOAD, *map(str, words)],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.DEVNULL,
-    )
-    peak = 0
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        if found := re.search(r"RssAnon:\s+(\d+) kB", status):
-            peak = max(peak, int(found[1]) * 1024)
-        time.sleep(0.002)
-    assert process.returncode == 0
-    return peak
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts RssAnon")
 @pytest.mark.parametrize("base", ["int8", "nf4"])
 def test_each_further_layer_takes_its_codes_alone(base, tmp_path):
@@ -138,7 +103,7 @@ def test_each_further_layer_takes_its_codes_alone(base, tmp_path):
     for count in (2, LARGE.num_layers):
         config = replace(LARGE, num_layers=count)
         sparse_native(tmp_path / f"{count}", config)
-        peaks.append(peak_memory(tmp_path / f"{count}", base))
+        peaks.append(peak_memory("-c", LOAD, tmp_path / f"{count}", base))
         models.append(device_bytes("dit", config, "bfloat16", base=base))
     growth, expected = peaks[1] - peaks[0], models[1] - models[0]
     stacked = 4 * LARGE.dim * LARGE.ffn_dim * LARGE.num_layers

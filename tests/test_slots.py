@@ -1,9 +1,5 @@
 """Adapters put into a model and taken out: what they add, what compiles, and the base's bits."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import reduce
 
@@ -16,7 +12,7 @@ from flax import nnx
 from convert.dit import rows
 from convert.lora import convert_lora, open_lora
 from tests.adapters import in_family, random_pairs, save
-from tests.scripts import ENVIRONMENT, ROOT
+from tests.processes import on_eight_devices
 from tests.tables import from_native, to_native
 from tests.test_lora_families import assert_comfyui_takes
 from tests.toy import SMALL, dit_inputs, toy_dit
@@ -265,16 +261,6 @@ def test_on_a_mesh_adapters_lie_where_their_layers_lie_and_do_the_same(tmp_path)
         change = np.random.default_rng(1).standard_normal(shape, np.float32)
         tensors[f"diffusion_model.{key}"] = change
     path = save(tmp_path / "a.safetensors", tensors)
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "64"}
-    done = subprocess.run(
-        [sys.executable, "-c", ON_A_MESH, str(tmp_path / "ck"), str(path)],
-        env=os.environ | ENVIRONMENT | flags,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = on_eight_devices(ON_A_MESH, tmp_path / "ck", path)
     assert max(found["error"]) <= 1e-5 and found["effect"] > 0.01 and found["back"]
     assert found["share"] == 1 / 8

@@ -123,8 +123,8 @@ def verdict(plan: Plan) -> str:
     if phase.memory is None:
         asked = f"asks for {_digits(phase.too_large / GIB)} GiB" if phase.too_large else ""
         text = asked or "is of unknown size: the platform does not tell its memory"
-        verdict = "Does not fit" if plan.fits is False else "Unknown"
-        return f"**{verdict}**: {plan.largest} {text}."
+        answer = "Does not fit" if plan.fits is False else "Unknown"
+        return f"**{answer}**: {plan.largest} {text}."
     held, capacity = phase.memory.held / GIB, phase.memory.capacity
     if capacity is None:
         return f"**Unknown**: {plan.largest} takes {_digits(held)} GiB of a device of unknown size."

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from wanjax.chips import GIB
 from wanjax.outputs import whole_file
 
 DATA = Path(__file__).with_name("table.json")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
 BEGIN, END = "<!-- table: made by python -m tests.plan --write -->", "<!-- end of the table -->"
-GIB = 1 << 30
 SIZES = {"720p": (720, 1280), "480p": (480, 832)}
 """Heights and widths, by the names that rows have for them."""
 
